@@ -1,0 +1,487 @@
+"""compare.py: its readers against real W&B records, its statistics against literals, its figures by their pixels."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+from matplotlib.image import imread
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import compare
+from compare import Histogram, Run
+
+SCRIPT = Path(compare.__file__)
+CONFIG = {
+    "env_id": "CartPole-v1",
+    "exp_name": "ppo_torch",
+    "framework": "torch",
+    "seed": 1,
+    "device": "cpu",
+    "cpu": "A CPU",
+    "versions": {"torch": "2.13.0"},
+    "resumed_at": 0,
+    "run_dir": "/home/somebody/runs",
+}
+SETTINGS = wandb.Settings(silent=True, x_disable_stats=True, x_disable_machine_info=True)
+DIE = """
+import json, os, signal, sys, time, wandb
+run = wandb.init(mode="offline", dir=sys.argv[1], id="killed", config=json.loads(sys.argv[2]),
+                 settings=wandb.Settings(silent=True, x_transaction_log_flush_interval=1))
+for step in range(512, 5120, 512):
+    run.log({"global_step": step, "charts/episodic_return": float(step)})
+time.sleep(2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def record(directory: Path, rows: list[dict], run_id: str, **config) -> Path:
+    """A real offline record, as a training script writes it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        mode="offline",
+        dir=directory,
+        id=run_id,
+        project="test",
+        config=CONFIG | config,
+        reinit="create_new",
+        settings=SETTINGS,
+    )
+    run.define_metric("*", step_metric="global_step")
+    for row in rows:
+        run.log(row)
+    finish(run)
+    return directory
+
+
+def finish(run: wandb.Run) -> None:
+    """Ends a run and waits for the end of its record, which W&B may still be writing when `finish` returns."""
+    run.finish()
+    (file,) = Path(run.dir).parent.glob("run-*.wandb")
+    deadline = time.monotonic() + 30
+    while not any(record["type"] == "exit" for record in compare.inspect(file)):
+        assert time.monotonic() < deadline, f"{file} has no end"
+
+
+def training_rows(seed: int, speed: float = 1.0) -> list[dict]:
+    """40 iterations of 512 steps, every fourth one timed phase by phase."""
+    rows = []
+    for iteration in range(1, 41):
+        value = 10.0 * iteration + seed
+        row = {"global_step": 512 * iteration, "charts/episodic_return": value, "charts/return_last_100": value - 1}
+        row |= {"losses/policy_loss": -0.01 * seed, "losses/new_loss": 1.0 / iteration, "charts/learning_rate": 1e-3}
+        row |= {"times/forward": 0.004 * speed, "times/step": 0.002, "charts/SPS": 1000.0 * seed}
+        if iteration % 4 == 0:
+            row |= {"times/loss": 0.005, "times/kl": 0.001, "times/gae": 0.0005, "times/weight_update": 0.003}
+            row |= {"times/loss/policy": 0.002, "times/other": 0.0005, "times/iteration": 0.012 + 0.004 * speed}
+            row["histograms/episodic_return"] = wandb.Histogram(np.linspace(1.2345, value, 20))
+        else:
+            row |= {"times/update": 0.006, "times/other": 0.0001, "times/iteration": 0.0081 + 0.004 * speed}
+        rows.append(row)
+    rows[-1]["charts/evaluation_return"] = 400.0 + 10 * seed
+    return rows
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """Two frameworks, three seeds each, and a note of nothing else."""
+    folder = tmp_path_factory.mktemp("runs")
+    for framework, speed in (("torch", 1.0), ("jax", 2.0)):
+        for seed in (1, 2, 3):
+            script = f"ppo_{framework}"
+            versions = {framework: "1.0"}
+            settings = {"seed": seed, "framework": framework, "exp_name": script, "versions": versions}
+            record(
+                folder / f"CartPole-v1__{script}__{seed}", training_rows(seed, speed), f"{framework}{seed}", **settings
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(recorded) -> list[Run]:
+    return compare.read_runs([str(recorded)])
+
+
+def compare_in_process(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+    environment |= {"HOME": "/nonexistent", "NETRC": "/nonexistent/netrc"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_segments_join_without_gap_or_double(tmp_path, monkeypatch, backwards):
+    first = [{"global_step": step, "charts/SPS": 1.0} for step in (100, 200, 300, 400)]
+    second = [{"global_step": step, "charts/SPS": 2.0} for step in (250, 350, 450)]
+    record(tmp_path / "run", first, "same")
+    record(tmp_path / "run", second, "same", resumed_at=200)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *arguments: sorted(glob(*arguments), reverse=backwards))
+    (run,) = compare.read_runs([str(tmp_path)])
+    steps, values = run.curve("charts/SPS")
+    assert steps.tolist() == [100, 200, 250, 350, 450]
+    assert values.tolist() == [1, 1, 2, 2, 2]
+    assert run.summary["steps"] == 450
+
+
+def test_config_that_is_added_later_is_read(tmp_path):
+    run = wandb.init(mode="offline", dir=tmp_path, config=CONFIG, reinit="create_new", settings=SETTINGS)
+    run.config.update({"env_id": "Acrobot-v1"}, allow_val_change=True)
+    run.log({"global_step": 1, "charts/SPS": 1.0})
+    finish(run)
+    assert compare.read_runs([str(tmp_path)])[0].env_id == "Acrobot-v1"
+
+
+def test_the_last_value_of_a_step_counts_and_other_keys_of_it_stay():
+    rows = [{"global_step": 8, "charts/a": 1, "charts/b": 2}, {"global_step": 8, "charts/a": 3}]
+    assert compare.join_segments([(0, rows)]) == [{"global_step": 8, "charts/a": 3, "charts/b": 2}]
+
+
+def test_a_history_from_wandb_is_split_where_its_steps_fall():
+    rows = [{"global_step": step, "charts/n": n} for n, step in enumerate((10, 20, 30, 20, 30, 40))]
+    rows[1]["charts/undone"] = 1.0
+    joined = compare.join_segments(compare.split_where_steps_fall(rows))
+    assert [(row["global_step"], row["charts/n"]) for row in joined] == [(10, 0), (20, 3), (30, 4), (40, 5)]
+    assert not any("charts/undone" in row for row in joined)
+
+
+def test_a_killed_and_a_truncated_record_are_read_up_to_the_end(tmp_path):
+    run_dir = tmp_path / "killed"
+    run_dir.mkdir()
+    process = subprocess.run([sys.executable, "-c", DIE, str(run_dir), json.dumps(CONFIG)], capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    (run,) = compare.read_runs([str(run_dir)])
+    assert run.curve("charts/episodic_return")[1].tolist() == list(range(512, 5120, 512))
+    (file,) = run_dir.glob("wandb/*run-*/*.wandb")
+    file.write_bytes(file.read_bytes()[:-30])
+    (cut,) = compare.read_runs([str(run_dir)])
+    assert cut.curve("charts/episodic_return")[1].tolist() == list(range(512, 4608, 512))
+
+
+def test_rows_on_disk_and_rows_of_the_api_read_alike_and_drop_what_is_not_drawn():
+    nested = {"_type": "histogram", "bins": [0, 1, 2], "values": [3, 4]}
+    disk = {"histograms/episodic_return.bins": [0, 1, 2], "histograms/episodic_return.values": [3, 4]}
+    other = {"_step": 4, "global_step": 7.0, "charts/x": 1.5, "charts/nan": "NaN", "losses/inf": float("inf"), "y": 1}
+    for item in (other | {"histograms/episodic_return": nested}, other | disk):
+        row = compare.read_item(item)
+        assert row.keys() == {"global_step", "charts/x", "histograms/episodic_return"}
+        assert row["global_step"] == 7
+        assert row["charts/x"] == 1.5
+        assert row["histograms/episodic_return"].edges.tolist() == [0, 1, 2]
+        assert row["histograms/episodic_return"].counts.tolist() == [3, 4]
+
+
+def test_runs_on_wandb_are_read_through_its_api(monkeypatch):
+    class Online:
+        id = "abc"
+        config = CONFIG | {"env_id": "Acrobot-v1"}
+
+        def scan_history(self):
+            return iter([{"global_step": 10, "charts/SPS": 5.0}, {"_step": 1}, {"global_step": 20, "charts/SPS": 7.0}])
+
+    class Api:
+        def runs(self, path, filters):
+            assert (path, filters) == ("team/project", {"group": "seeds"})
+            return [Online()]
+
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "Api", Api)
+    (run,) = compare.read_runs(["team/project/seeds"])
+    assert run.env_id == "Acrobot-v1"
+    assert run.curve("charts/SPS")[1].tolist() == [5, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_interquartile_mean_is_that_of_the_middle_half():
+    assert compare.interquartile_mean(np.array([0.0, 10.0, 20.0, 1000.0])) == 15
+    assert compare.interquartile_mean(np.array([-500.0, 1.0, 2.0, 6.0, 900.0])) == 3  # floor(5/4) = 1 off each end
+
+
+def test_bootstrap_interval_is_the_slow_one():
+    values = np.random.default_rng(1).normal(size=(5, 3)) * [1, 10, 100]
+    draws = np.random.default_rng(0).integers(5, size=(2000, 5))
+    slow = [[np.sort(values[draw, column])[1:4].mean() for draw in draws] for column in range(3)]
+    low, high = compare.bootstrap_interval(values)
+    np.testing.assert_allclose(low, np.percentile(slow, 2.5, axis=1))
+    np.testing.assert_allclose(high, np.percentile(slow, 97.5, axis=1))
+
+
+def test_smooth_takes_the_mean_within_half_a_window():
+    steps = np.array([0.0, 10, 20, 30, 100])
+    assert compare.smooth(steps, np.array([1.0, 3, 5, 10, 7]), 20).tolist() == [2, 3, 6, 7.5, 7]
+
+
+def test_common_grid_covers_what_all_seeds_cover():
+    rows = [[{"global_step": s, "charts/x": s / 10} for s in steps] for steps in ([0, 10, 20, 30], [10, 25, 40])]
+    grid, values = compare.on_common_grid([Run("", {}, {}, one) for one in rows], "charts/x", points=3)
+    assert grid.tolist() == [10, 20, 30]
+    np.testing.assert_allclose(values, [[1, 2, 3], [1, 2, 3]])
+
+
+def test_thin_keeps_the_last_row_and_the_mean_of_the_others():
+    rows = [{"global_step": n, "charts/x": float(n)} | ({"charts/rare": 5.0} if n == 3 else {}) for n in range(1, 12)]
+    thinned = compare.thin(rows, at_most=6)
+    assert [row["global_step"] for row in thinned] == [2, 4, 6, 8, 10, 11]
+    assert [row["charts/x"] for row in thinned] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.0]
+    assert [row.get("charts/rare") for row in thinned] == [None, 5.0, None, None, None, None]
+    assert compare.thin(rows[:6], at_most=6) == rows[:6]
+    assert compare.merge([{"global_step": 1, "charts/x": 200 / 3}])["charts/x"] == 66.667
+
+
+def test_merged_histograms_keep_every_episode_and_its_place():
+    early = Histogram(np.array([0.0, 10.0]), np.array([7.0]))
+    late = Histogram(np.array([90.0, 100.0]), np.array([5.0]))
+    merged = compare.merge([{"global_step": n, compare.RETURNS: h} for n, h in enumerate((early, late))])
+    histogram = merged[compare.RETURNS]
+    assert (histogram.edges[0], histogram.edges[-1]) == (0, 100)
+    assert np.round(histogram.below(np.array([0, 15, 85, 100]))).tolist() == [0, 7, 7, 12]
+
+
+def test_episode_shares_spread_a_histogram_over_the_steps_since_the_one_before():
+    first, second = Histogram(np.array([0.0, 2.0]), np.array([4.0])), Histogram(np.array([1.0, 2.0]), np.array([9.0]))
+    run = Run("", {}, {}, [{"global_step": 20, compare.RETURNS: first}, {"global_step": 40, compare.RETURNS: second}])
+    shares = compare.episode_shares([run], np.array([0, 10, 20, 30, 40]), np.array([0, 1, 2]))
+    np.testing.assert_allclose(shares, [[0.5, 0.5, 0, 0], [0.5, 0.5, 1, 1]])
+
+
+def test_summary_separates_timed_from_fused_iterations_and_divides_steps_by_time():
+    rows = [
+        {"global_step": 100, "times/iteration": 2.0, "times/update": 1.0, "charts/SPS": 50.0},
+        {"global_step": 200, "times/iteration": 4.0, "times/loss": 3.0, "times/other": 1.0, "charts/SPS": 25.0},
+        {"global_step": 500, "times/iteration": 3.0, "times/update": 2.0, "charts/SPS": 100.0},
+        {"global_step": 500, "times/compile": 9.0},
+    ]
+    assert compare.summarise(rows) == {
+        "steps": 500,
+        "steps_per_second": pytest.approx(500 / 9),
+        "timed/iteration": 4.0,
+        "timed/loss": 3.0,
+        "timed/other": 1.0,
+        "fused/iteration": 2.5,
+        "fused/update": 1.5,
+    }
+
+
+def test_a_row_with_a_timed_and_a_fused_iteration_counts_by_its_phases():
+    mixed = {"times/iteration": 5.0, "times/update": 1.0, "times/loss": 6.0, "times/step": 2.0, "times/other": 0.5}
+    summary = compare.summarise([{"global_step": 1} | mixed])
+    assert summary == {"steps": 1, "timed/loss": 6.0, "timed/step": 2.0, "timed/other": 0.5, "timed/iteration": 8.5}
+
+
+# ----------------------------------------------------------------------------------------------------- tables and files
+
+
+RETURNS_TABLE = """\
+| environment | script | seeds | steps | return of the last 100 training episodes (IQM [95 %]) | \
+evaluation return (IQM [95 %]) | worst seed (last 100) | steps/s (median) |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| CartPole-v1 | ppo_torch | 3 | 20,480 | 401.0 [400.0, 402.0] | 420.0 [410.0, 430.0] | 400.0 | 2,000 |
+| CartPole-v1 | ppo_jax | 3 | 20,480 | 401.0 [400.0, 402.0] | 420.0 [410.0, 430.0] | 400.0 | 2,000 |"""
+TIMES_TABLE = """\
+| environment | script | forward (ms) | step (ms) | gae (ms) | loss (ms) | kl (ms) | weight_update (ms) | other (ms) | \
+iteration (ms) | fused update (ms) | fused iteration (ms) |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| CartPole-v1 | ppo_torch | 4.00 | 2.00 | 0.50 | 5.00 | 1.00 | 3.00 | 0.50 | 16.00 | 6.00 | 12.10 |
+| CartPole-v1 | ppo_jax | 8.00 | 2.00 | 0.50 | 5.00 | 1.00 | 3.00 | 0.50 | 20.00 | 6.00 | 16.10 |"""
+
+
+def test_tables_of_real_records(runs):
+    assert compare.returns_table(runs) == RETURNS_TABLE
+    assert compare.times_table(runs) == TIMES_TABLE
+    assert compare.machines(runs) == "jax 1.0 on cpu · torch 1.0 on cpu · A CPU"
+    assert compare.pooling_notes(runs) == []
+
+
+def test_fewer_than_three_seeds_get_no_interval_and_missing_ones_are_counted():
+    one, two = (Run("", CONFIG, {"steps": 1, "return_last_100": value}, []) for value in (12.0, 3.456))
+    assert compare.estimate([one, two], "return_last_100") == "12.0, 3.46"
+    assert compare.estimate([one, Run("", CONFIG, {"steps": 1}, [])], "return_last_100") == "12.0 (1 of 2 seeds)"
+    assert compare.estimate([one], "evaluation_return") == "–"
+
+
+def test_pooling_notes_name_what_makes_runs_no_seeds_of_one_another():
+    runs = [Run(str(n), CONFIG | {"num_envs": n}, {"steps": 1000 * n}, []) for n in (1, 2)]
+    notes = compare.pooling_notes(runs)
+    assert len(notes) == 3
+    assert "differ in num_envs" in notes[0]
+    assert "several runs of one seed" in notes[1]
+    assert "1,000 to 2,000 steps" in notes[2]
+
+
+def test_saved_numbers_give_the_same_tables_figures_and_file(runs, tmp_path):
+    compare.write_csv(runs, tmp_path / "deep" / "saved.csv")
+    again = compare.read_runs([str(tmp_path / "deep" / "saved.csv")])
+    assert compare.returns_table(again) == RETURNS_TABLE
+    assert compare.times_table(again) == TIMES_TABLE
+    compare.write_csv(again, tmp_path / "again.csv")
+    for suffix in (".csv", ".json"):
+        saved = (tmp_path / "deep" / "saved.csv").with_suffix(suffix).read_text()
+        assert saved == (tmp_path / "again.csv").with_suffix(suffix).read_text()
+        assert "/home/somebody" not in saved
+    first = compare.draw_all(runs, compare.Config(output=tmp_path / "first"))
+    second = compare.draw_all(again, compare.Config(output=tmp_path / "second"))
+    assert [path.name for path in first] == [path.name for path in second]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_every_figure_is_drawn_in_the_colours_of_its_scripts(recorded, tmp_path):
+    result = compare_in_process(recorded, "--output", tmp_path, "--prefix", "x", "--save", tmp_path / "numbers.csv")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert RETURNS_TABLE in result.stdout
+    assert TIMES_TABLE in result.stdout
+    names = ["returns", "times", "phases", "losses", "density"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(f"x_{name}.png" for name in names)
+    scripts = [compare.SCRIPT_COLOURS[script] for script in ("ppo_torch", "ppo_jax")]
+    phases = [
+        compare.PHASE_COLOURS[phase] for phase in ("forward", "step", "gae", "loss", "kl", "weight_update", "other")
+    ]
+    for name, expected in zip(names, (scripts, phases, scripts, scripts, []), strict=True):
+        pixels = np.round(255 * imread(tmp_path / f"x_{name}.png")[:, :, :3]).astype(int)
+        assert pixels.shape[1] == 1600
+        assert pixels.shape[0] > 500
+        present, counts = np.unique(pixels.reshape(-1, 3) @ [65536, 256, 1], return_counts=True)
+        assert len(present) > 200, name
+        for colour in expected:
+            assert counts[present == int(colour[1:], 16)].sum() > 100, (name, colour)
+
+
+def test_a_figure_without_its_keys_is_left_out_and_named(tmp_path, capsys):
+    rows = [{"global_step": step, "losses/only_here": 1.0 * step} for step in (1, 2, 3)]
+    run = Run("", CONFIG, {"steps": 3}, rows)
+    written = compare.draw_all([run], compare.Config(output=tmp_path))
+    assert [path.name for path in written] == ["compare_losses.png"]
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split()[2] for note in notes] == [
+        f"compare_{name}.png," for name in ("returns", "times", "phases", "density")
+    ]
+
+
+def test_seeds_are_a_band_from_three_on_and_lines_before(runs):
+    (axis,) = compare.draw_returns(runs, "title").axes
+    assert (len(axis.lines), len(axis.collections)) == (2, 2)
+    figure = compare.draw_returns([run for run in runs if run.config["seed"] < 3], "title")
+    assert (len(figure.axes[0].lines), len(figure.axes[0].collections)) == (4, 0)
+    assert figure.legends[0].texts[0].get_text() == "ppo_torch (2 seeds, each drawn)"
+
+
+def test_a_phase_that_takes_no_time_is_no_error(tmp_path):
+    rows = [{"global_step": step, "times/loss": 0.0, "times/step": 0.1} for step in (1, 2)]
+    figure = compare.draw_phases([Run("", CONFIG, {"steps": 2}, rows)], "title")
+    figure.savefig(tmp_path / "phases.png")
+    assert [axis.get_title() for axis in figure.axes] == ["environment step", "loss and gradient"]
+
+
+def test_each_column_of_the_density_adds_up_to_one(runs):
+    for axis in compare.draw_density(runs, "title").axes[:2]:
+        (mesh,) = axis.collections
+        sums = np.where(mesh.get_array() > 0.003, mesh.get_array(), 0).sum(axis=0)
+        np.testing.assert_allclose(sums, 1, atol=0.05)
+
+
+def test_a_log_scale_ends_at_labelled_ticks_even_for_one_value(runs):
+    drawn = [axis for axis in compare.draw_phases(runs, "title").axes if axis.get_visible()]
+    assert len(drawn) == 7
+    for axis in drawn:
+        (low, high), ticks = axis.get_ylim(), axis.get_yticks()
+        assert (low, high) == (ticks[0], ticks[-1])
+        assert axis.lines[0].get_ydata().min() >= low
+        assert len(ticks) >= 2
+
+
+def test_panels_hold_every_recorded_loss_known_ones_first(runs):
+    figure = compare.draw_losses(runs, "title")
+    assert [axis.get_title() for axis in figure.axes] == ["policy loss", "new loss", "learning rate"]
+
+
+def test_other_scripts_get_colours_of_their_own():
+    names = ["ppo_jax", "mine", "yours"]
+    runs = [Run(name, {"env_id": "E", "exp_name": name, "framework": ""}, {}, []) for name in names]
+    palette = compare.colours(runs)
+    assert palette["ppo_jax"] == "#009E73"
+    assert len(set(palette.values())) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def bad_inputs(folder: Path) -> dict[str, str]:
+    """Argument: what its one line must mention."""
+    (folder / "empty").mkdir()
+    broken = folder / "broken" / "wandb" / "offline-run-1-x" / "run-x.wandb"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("this is no transaction log")
+    (folder / "columns.csv").write_text("run,speed\na,1\n")
+    (folder / "columns.json").write_text("{}")
+    header = ",".join(compare.IDENTITY)
+    (folder / "section.csv").write_text(f"{header},weather/rain\n")
+    (folder / "section.json").write_text("{}")
+    (folder / "alone.csv").write_text(f"{header},charts/x\na,E,s,f,1,5,2.0\n")
+    (folder / "number.csv").write_text(f"{header},charts/x\na,E,s,f,1,5,two\n")
+    (folder / "number.json").write_text("{}")
+    return {
+        str(folder / "empty"): "no recorded run",
+        str(folder / "broken"): "cannot read this record",
+        str(folder / "columns.csv"): "columns run,speed",
+        str(folder / "section.csv"): "weather/rain",
+        str(folder / "alone.csv"): "alone.json",
+        str(folder / "number.csv"): "two",
+        str(folder / "nowhere"): "give a folder with runs",
+        "no-such-team/no-such-project": "wandb login",
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    for argument, mention in bad_inputs(tmp_path).items():
+        monkeypatch.setattr(sys, "argv", ["compare.py", argument, "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as stop:
+            compare.main()
+        output = capsys.readouterr()
+        assert stop.value.code == 2
+        assert len(output.err.splitlines()) == 1, (argument, output.err)
+        assert mention in output.err, (argument, output.err)
+        assert output.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_login_nothing_asks_for_one():
+    result = compare_in_process("no-such-team/no-such-project")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == "compare.py: no-such-team/no-such-project: no such folder here, and from W&B: log in with `wandb login`\n"
+    )
+
+
+def test_a_record_of_something_else_names_what_it_lacks(tmp_path):
+    run = wandb.init(mode="offline", dir=tmp_path, project="test", reinit="create_new", settings=SETTINGS)
+    run.log({"global_step": 1, "charts/x": 1.0})
+    run.finish()
+    with pytest.raises(compare.BadInput, match="lacks env_id and seed"):
+        compare.read_runs([str(tmp_path)])
+
+
+def test_an_unwritable_output_is_one_line(runs, tmp_path, monkeypatch, capsys):
+    compare.write_csv(runs, tmp_path / "saved.csv")
+    (tmp_path / "file").write_text("")
+    arguments = ["compare.py", str(tmp_path / "saved.csv"), "--output", str(tmp_path / "file" / "images")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
