@@ -30,7 +30,7 @@ CONTESTANTS = ("sb3", "ppo_torch", "ppo_torch --compile")
 @dataclass(frozen=True)
 class Config:
     repeats: int = 5  # runs of each contestant
-    total_timesteps: int = 150_000  # steps of a run
+    total_timesteps: int = 500_000  # steps of a run
     output: Path = ROOT / "results" / "ppo_speed.csv"  # one row a run
     only: str | None = None  # measure this contestant once, in this process, and print its steps per second
 
@@ -58,7 +58,9 @@ def measure_ours(total_timesteps: int, compile: bool) -> float:
         train(Config(total_timesteps=total_timesteps, compile=compile, eval_episodes=0, run_dir=f"{folder}/run"))
         (record,) = Path(folder).glob("run/wandb/offline-run-*/run-*.wandb")
         command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = []
+        while not any('"type":"exit"' in line for line in lines):  # W&B may still be writing
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     seconds, iterations = 0.0, 0
     for row in (json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line):
         if "charts/iteration" in row:
@@ -83,7 +85,7 @@ def main(config: Config) -> None:
             rows.append((repeat, contestant, round(float(output.split()[-1]))))
             print(*rows[-1], file=sys.stderr)
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "stable-baselines3", "gymnasium", "numpy"))
-    command = f"python benchmarks/ppo_speed.py --total-timesteps {config.total_timesteps}"
+    command = f"python benchmarks/ppo_speed.py --repeats {config.repeats} --total-timesteps {config.total_timesteps}"
     with open(config.output, "w", newline="") as file:
         print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
         csv.writer(file).writerows([("repeat", "contestant", "steps_per_second"), *rows])

@@ -215,11 +215,8 @@ class Echo(gym.Env):
         return observation, 1.0, False, self.step_number == 7, {}
 
 
-class Nested(gym.Env):
-    """Observes a dict: {"b": (t, t + 1), "a": t modulo 3 as a category} in step t of 5."""
-
-    observation_space = spaces.Dict({"b": spaces.Box(-np.inf, np.inf, (2,), np.float64), "a": spaces.Discrete(3)})
-    action_space = spaces.Discrete(2)
+class StepNumber(gym.Env):
+    """Counts the steps of its episode."""
 
     def __init__(self, render_mode: str | None = None):
         self.render_mode = render_mode
@@ -227,6 +224,13 @@ class Nested(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.step_number = 0
         return self.observation(), {}
+
+
+class Nested(StepNumber):
+    """Observes a dict: {"b": (t, t + 1), "a": t modulo 3 as a category} in step t of 5."""
+
+    observation_space = spaces.Dict({"b": spaces.Box(-np.inf, np.inf, (2,), np.float64), "a": spaces.Discrete(3)})
+    action_space = spaces.Discrete(2)
 
     def step(self, action):
         self.step_number += 1
@@ -237,19 +241,12 @@ class Nested(gym.Env):
         return {"b": np.array([t, t + 1], float), "a": t % 3}
 
 
-class Picture(gym.Env):
+class Picture(StepNumber):
     """Observes a 40 x 48 image, channels last, whose pixel (row, column, channel) is row + 2 column + 50 channel + t
     modulo 256 in step t of 6."""
 
     observation_space = spaces.Box(0, 255, (40, 48, 3), np.uint8)
     action_space = spaces.Discrete(3)
-
-    def __init__(self, render_mode: str | None = None):
-        self.render_mode = render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.step_number = 0
-        return self.observation(), {}
 
     def step(self, action):
         self.step_number += 1

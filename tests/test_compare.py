@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,14 +29,13 @@ CONFIG = {
     "run_dir": "/home/somebody/runs",
 }
 SETTINGS = wandb.Settings(silent=True, x_disable_stats=True, x_disable_machine_info=True)
-DIE = """
-import json, os, signal, sys, time, wandb
+WAIT_FOR_A_KILL = """
+import json, signal, sys, wandb
 run = wandb.init(mode="offline", dir=sys.argv[1], id="killed", config=json.loads(sys.argv[2]),
                  settings=wandb.Settings(silent=True, x_transaction_log_flush_interval=1))
 for step in range(512, 5120, 512):
     run.log({"global_step": step, "charts/episodic_return": float(step)})
-time.sleep(2)
-os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
 """
 
 
@@ -157,8 +155,12 @@ def test_a_history_from_wandb_is_split_where_its_steps_fall():
 def test_a_killed_and_a_truncated_record_are_read_up_to_the_end(tmp_path):
     run_dir = tmp_path / "killed"
     run_dir.mkdir()
-    process = subprocess.run([sys.executable, "-c", DIE, str(run_dir), json.dumps(CONFIG)], capture_output=True)
-    assert process.returncode == -signal.SIGKILL
+    process = subprocess.Popen([sys.executable, "-c", WAIT_FOR_A_KILL, str(run_dir), json.dumps(CONFIG)])
+    deadline = time.monotonic() + 60
+    while not (files := list(run_dir.glob("wandb/*run-*/*.wandb"))) or b"4608" not in files[0].read_bytes():
+        assert process.poll() is None and time.monotonic() < deadline
+    process.kill()
+    process.wait()
     (run,) = compare.read_runs([str(run_dir)])
     assert run.curve("charts/episodic_return")[1].tolist() == list(range(512, 5120, 512))
     (file,) = run_dir.glob("wandb/*run-*/*.wandb")
