@@ -75,6 +75,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
+FRAMEWORK = "torch"
+
 # ---------------------------------------------------------------------------------------------------------- Config
 
 Count = Annotated[int, Field(ge=1)]
@@ -217,6 +219,7 @@ def initialised(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------ data
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Rollout(NamedTuple):
     """What the environments gave, on the host."""
 
@@ -250,6 +253,7 @@ class Learner(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- equations
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...]) -> np.ndarray:
     """Output of the actor (N, ·), noise of that shape -> actions (N, A); noise 0 gives the most likely ones.
 
@@ -318,6 +322,13 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
     return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
+def annealed_learning_rate(iteration: int, config: Config) -> float:
+    """From --learning-rate at the first update to --final-learning-rate one update after the last."""
+    progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
+    return (1 - progress) * config.learning_rate + progress * config.final_learning_rate
+
+
 # ---------------------------------------------------------------------------------------------------------- update
 
 
@@ -372,6 +383,7 @@ def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> Iterat
     return map(Batch, *shuffled)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def update_minibatch(learner: Learner, minibatch: Batch, config: Config, timed: Callable):
     """-> learner, losses and norm of the gradient, log-ratio (B,)"""
     gradient, losses, log_ratio = timed("loss", loss_and_gradient, learner.agent, minibatch, config)
@@ -390,6 +402,7 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     return learner, kl | {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
@@ -397,13 +410,14 @@ def update(
     batch = timed("gae", make_batch, learner.agent, rollout, config)
     epochs: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
-        learner, metrics = update_epoch(learner, batch, rng.permutation(config.batch_size), config, timed)
+        permutation = rng.permutation(config.batch_size)
+        learner, metrics = timed(None, update_epoch, learner, batch, permutation, config, timed)
         epochs.append(metrics)
         if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
             break
     metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
     metrics["losses/explained_variance"] = float(1 - batch.advantages.var() / batch.returns.var())
-    return learner, batch, metrics | {"charts/learning_rate": learner.optimizer.param_groups[0]["lr"]}
+    return learner, batch, metrics
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
@@ -446,12 +460,14 @@ def collect_rollout(
 # ----------------------------------------------------------------------------------------------------------- train
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Result(NamedTuple):
     learner: Learner
     evaluation_returns: list[float]  # of each episode
     run_dir: Path
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
@@ -463,11 +479,12 @@ def train(config: Config) -> Result:
         if config.load_model and not has_checkpoint(config):
             learner = load_model(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        with Run(config, envs, stopwatch, framework="torch", algorithm="ppo", device=device_name(learner)) as run:
+        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
-                learner = anneal(learner, iteration, config)
+                rate = annealed_learning_rate(iteration, config)
+                learner = with_learning_rate(learner, rate)
                 rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
                 if run.is_timed(iteration):
                     learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
@@ -477,7 +494,7 @@ def train(config: Config) -> Result:
                     learner, batch, metrics = stopwatch.timed("update", update, *arguments)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
-                run.record(metrics, rollout, partial(to_histograms, batch))
+                run.record(metrics | {"charts/learning_rate": rate}, rollout, partial(to_histograms, batch))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(to_numpy(learner), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
@@ -514,13 +531,11 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
         torch._dynamo.config.trace_autograd_ops = True  # loss and gradient in one graph: 2.4 times as fast
         mode = "reduce-overhead" if device == "cuda" else None  # CUDA graphs
         compiled = {loss_and_gradient: torch.compile(loss_and_gradient, dynamic=False, mode=mode)}
-    return Stopwatch({"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None), compiled)
+    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
+    return Stopwatch(lambda result: synchronize(), compiled)
 
 
-def anneal(learner: Learner, iteration: int, config: Config) -> Learner:
-    """From --learning-rate at the first update to --final-learning-rate one update after the last."""
-    progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
-    rate = (1 - progress) * config.learning_rate + progress * config.final_learning_rate
+def with_learning_rate(learner: Learner, rate: float) -> Learner:
     learner.optimizer.param_groups[0]["lr"] = rate
     return learner
 
@@ -576,6 +591,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
 # ---------------------------------------------------------------------------------------------------- environments
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Environments:
     """N environments that reset in the very step that ends an episode; normalises, clips and adds up returns."""
 
@@ -667,6 +683,7 @@ class Environments:
         return np.stack([self.observations[0, -1]] * 3, -1) if self.is_atari else self.vector.envs[0].render()
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vector.VectorEnv:
     is_filmed, mode = is_evaluation and config.capture_video, {"autoreset_mode": AutoresetMode.SAME_STEP}
     try:
@@ -680,7 +697,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs)
         is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
         if is_async and not is_evaluation:
-            multiprocessing.set_forkserver_preload(["gymnasium", "torch", "tyro", "wandb"])  # not once a worker
+            multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
             return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
@@ -693,6 +710,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
         for number in STOP_SIGNALS:
@@ -712,6 +730,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     """Whether processes save more than the 40 µs an environment that talking to them costs."""
     with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
@@ -721,6 +740,7 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     """(choices of each discrete dimension, none for a Box), A"""
     if isinstance(space, spaces.Discrete):
@@ -732,6 +752,7 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
     if isinstance(space, spaces.Discrete):
@@ -741,12 +762,14 @@ def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     return actions.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
             raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def evaluate(
     act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
 ) -> list[float]:
@@ -781,23 +804,27 @@ LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is lef
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Stopwatch:
     """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
     with a slash is part of another."""
 
-    def __init__(self, synchronize: Callable[[], None], compiled: dict[Callable, Callable]):
-        self.synchronize, self.compiled = synchronize, compiled
+    def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
+        self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.lap_start = time.perf_counter()
 
-    def timed(self, phase: str, function: Callable, *arguments, weight: float = 1):
+    def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
+        """Phase None is made of phases: it runs as it is written."""
+        if phase is None:
+            return function(*arguments)
         start = time.perf_counter()
         result = self.compiled.get(function, function)(*arguments)
-        self.synchronize()
+        self.fence(result)
         self.seconds[phase] += weight * (time.perf_counter() - start)
         return result
 
-    def fused(self, phase: str, function: Callable, *arguments):
+    def fused(self, phase: str | None, function: Callable, *arguments):
         return self.compiled.get(function, function)(*arguments)
 
     def lap(self) -> dict[str, float]:
@@ -811,10 +838,11 @@ class Stopwatch:
         return seconds
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
-    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, framework: str, **about: str):
+    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not wandb.login(prompt=False):
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
@@ -824,8 +852,8 @@ class Run:
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
-        versions = {name: version(name) for name in (framework, "gymnasium", "numpy")}
-        about |= {"framework": framework, "versions": versions | {"python": platform.python_version()}}
+        versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
+        about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
         about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
         if config.wandb_mode != "online":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
@@ -1003,6 +1031,7 @@ class Run:
         return returns
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.search(r"model name\s*: (.*)", info)
@@ -1012,6 +1041,7 @@ def cpu_name() -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text = json.dumps(metadata)
@@ -1023,6 +1053,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
     os.replace(file.name, path)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1035,6 +1066,7 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
         raise BadInput(f"cannot use {path}: {one_line(error)}") from error
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -1042,10 +1074,12 @@ def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def has_checkpoint(config: Config) -> bool:
     return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
@@ -1060,6 +1094,7 @@ def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     return {}, {}
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     """Weights and statistics of a model.safetensors that any PPO script of this repository wrote."""
     arrays, _ = load_arrays(path)
@@ -1073,6 +1108,7 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     return from_numpy(learner, arrays)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
@@ -1092,14 +1128,17 @@ def open_directory(config: Config) -> tuple[Path, str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class BadInput(Exception):
     """The run cannot begin; the message says what would be right."""
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class TrainingFailed(Exception):
     """A number is not finite."""
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def validate(config: Config) -> Config:
     """Raises BadInput where a value is not what Config allows, or where values do not go together."""
     try:
@@ -1118,6 +1157,7 @@ def validate(config: Config) -> Config:
     raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def parse(arguments: list[str], default: Config) -> Config:
     """The command line as tyro reads it, its boxed complaints as one line."""
     complaints = io.StringIO()
@@ -1130,6 +1170,7 @@ def parse(arguments: list[str], default: Config) -> Config:
         raise
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def parse_config(arguments: list[str]) -> Config:
     """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
     config = parse(arguments, Config())
@@ -1150,14 +1191,17 @@ def parse_config(arguments: list[str]) -> Config:
     return config
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
