@@ -231,6 +231,7 @@ class Rollout(NamedTuple):
     final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order
 
 
+# twin: ppo_torch ppo_mlx ppo_jax
 class Batch(NamedTuple):
     """A whole rollout or one minibatch on the device, one sample a row."""
 
@@ -1023,9 +1024,9 @@ class Run:
         self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
         self.send_row()
         self.bar.close()
-        for name, what, of in ("training", "last", self.recent_returns), ("evaluation", "greedy", returns):
+        for name, what, of in ("training", "last {}", self.recent_returns), ("evaluation", "{} greedy", returns):
             if of:
-                spread = f"{np.mean(of):.1f} ± {np.std(of):.1f} (mean ± std of {len(of)} {what} episodes)"
+                spread = f"{np.mean(of):.1f} ± {np.std(of):.1f} (mean ± std, {what.format(len(of))} episodes)"
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
@@ -1044,7 +1045,7 @@ def cpu_name() -> str:
 # twin: ppo_torch ppo_mlx ppo_jax
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
-    text = json.dumps(metadata)
+    text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".part"), "wb") as file:
         file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))

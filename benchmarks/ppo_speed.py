@@ -1,14 +1,16 @@
-"""Steps per second of ppo_torch.py beside Stable-Baselines3's PPO: same environment, sizes and machine.
+"""Steps per second of the PPO scripts beside PPO of Stable-Baselines3 and of SBX: same environment, sizes and machine.
 
     python benchmarks/ppo_speed.py                       writes results/ppo_speed.csv and prints the table
     python benchmarks/ppo_speed.py --repeats 1           a quick look
 
-Every measurement is a fresh process, the contestants take turns, and each ratio compares two neighbours in time. Ours
+Every measurement is a fresh process, the contestants take turns, and each ratio compares runs of the same turn. Ours
 is the whole run after compilation, as its own record has it: iterations (recording and timing included), probes and
-checkpoints. SB3's is the wall clock of `learn` after a warm-up, without any recording, at one thread (its fastest).
+checkpoints. SB3's and SBX's is the wall clock of `learn` after a warm-up, without any recording, torch at one thread
+(its fastest).
 """
 
 import csv
+import importlib
 import json
 import os
 import platform
@@ -18,13 +20,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTESTANTS = ("sb3", "ppo_torch", "ppo_torch --compile")
+CONTESTANTS = ("sb3", "sbx", "ppo_torch", "ppo_torch --compile", "ppo_jax", "ppo_mlx")
+PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}
+VERSIONS = ("stable-baselines3", "sbx-rl", "torch", "jax", "mlx", "gymnasium", "numpy")
 
 
 @dataclass(frozen=True)
@@ -35,27 +40,30 @@ class Config:
     only: str | None = None  # measure this contestant once, in this process, and print its steps per second
 
 
-def measure_sb3(total_timesteps: int) -> float:
+def measure_peer(package: str, total_timesteps: int) -> float:
     import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
     settings = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01}
+    if package == "stable_baselines3":
+        settings |= {"clip_range_vf": 0.2, "device": "cpu"}  # SBX has no value clipping
     envs = make_vec_env("CartPole-v1", n_envs=4, seed=1)
-    model = PPO("MlpPolicy", envs, clip_range=0.2, clip_range_vf=0.2, seed=1, device="cpu", **settings)
+    model = importlib.import_module(package).PPO("MlpPolicy", envs, clip_range=0.2, seed=1, **settings)
     model.learn(5_000)
     start = time.perf_counter()
     model.learn(total_timesteps)
     return total_timesteps / (time.perf_counter() - start)
 
 
-def measure_ours(total_timesteps: int, compile: bool) -> float:
+def measure_ours(contestant: str, total_timesteps: int) -> float:
     sys.path.insert(0, str(ROOT))
-    from ppo_torch import Config, train
-
+    script, *flags = contestant.split()
+    module = importlib.import_module(script)
+    config = {flag.removeprefix("--"): True for flag in flags}
     with tempfile.TemporaryDirectory() as folder:
-        train(Config(total_timesteps=total_timesteps, compile=compile, eval_episodes=0, run_dir=f"{folder}/run"))
+        run = {"total_timesteps": total_timesteps, "eval_episodes": 0, "run_dir": f"{folder}/run"}
+        module.train(module.Config(**config | run))
         (record,) = Path(folder).glob("run/wandb/offline-run-*/run-*.wandb")
         command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
         lines = []
@@ -71,11 +79,10 @@ def measure_ours(total_timesteps: int, compile: bool) -> float:
 
 
 def main(config: Config) -> None:
-    if config.only == "sb3":
-        print(measure_sb3(config.total_timesteps))
-        return
     if config.only:
-        print(measure_ours(config.total_timesteps, compile="--compile" in config.only))
+        peer = PEERS.get(config.only)
+        measure = partial(measure_peer, peer) if peer else partial(measure_ours, config.only)
+        print(measure(config.total_timesteps))
         return
     rows = []
     for repeat in range(config.repeats):
@@ -84,7 +91,7 @@ def main(config: Config) -> None:
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows.append((repeat, contestant, round(float(output.split()[-1]))))
             print(*rows[-1], file=sys.stderr)
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "stable-baselines3", "gymnasium", "numpy"))
+    versions = " ".join(f"{name} {version(name)}" for name in VERSIONS)
     command = f"python benchmarks/ppo_speed.py --repeats {config.repeats} --total-timesteps {config.total_timesteps}"
     with open(config.output, "w", newline="") as file:
         print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
@@ -93,14 +100,15 @@ def main(config: Config) -> None:
 
 
 def markdown_table(rows: list[tuple[int, str, int]]) -> str:
-    """Medians over the repeats, of steps per second and of the ratio to SB3 in the same repeat."""
+    """Medians over the repeats, of steps per second and of the ratios to the peers in the same repeat."""
     speed = {(repeat, contestant): steps_per_second for repeat, contestant, steps_per_second in rows}
-    lines = ["| contestant | steps/s, median (min to max) | ratio to SB3, median (min to max) |", "|---|---|---|"]
-    for contestant in CONTESTANTS:
+    lines = ["| contestant | steps/s, median (min to max) | ratio to SB3 | ratio to SBX |", "|---|---|---|---|"]
+    for contestant in dict.fromkeys(name for _, name, _ in rows):
         speeds = [value for (_, name), value in speed.items() if name == contestant]
-        ratios = [value / speed[repeat, "sb3"] for (repeat, name), value in speed.items() if name == contestant]
         cells = [f"{statistics.median(speeds):,.0f} ({min(speeds):,} to {max(speeds):,})"]
-        cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        for peer in PEERS:
+            ratios = [value / speed[repeat, peer] for (repeat, name), value in speed.items() if name == contestant]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {contestant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

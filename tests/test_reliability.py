@@ -72,12 +72,12 @@ def main(*flags: str | Path) -> Outcome:
 class Process:
     """The script as a user starts it, in a process group of its own, as a terminal would."""
 
-    def __init__(self, folder: Path, *flags: str | Path, prefix: tuple = (), **variables: str):
+    def __init__(self, folder: Path, *flags: str | Path, prefix: tuple = (), script: Path = SCRIPT, **variables: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err = folder / "stdout", folder / "stderr"
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.popen = subprocess.Popen(
-                [sys.executable, *prefix, SCRIPT, *map(str, flags)],
+                [sys.executable, *prefix, script, *map(str, flags)],
                 cwd=ROOT,
                 env=environment_variables(folder) | variables,
                 stdin=subprocess.DEVNULL,

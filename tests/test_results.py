@@ -3,14 +3,15 @@
 import csv
 from pathlib import Path
 
-from benchmarks import learning, ppo_speed
+from benchmarks import learning, ppo_speed, unfenced
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_learning_table_in_the_readme_is_that_of_the_records():
-    assert set(learning.ROWS) == {path.stem.removeprefix("learning_") for path in ROOT.glob("results/learning_*.csv")}
+    expected = {learning.recorded(name, script) for name, row in learning.ROWS.items() for script in row.scripts}
+    assert set(ROOT.glob("results/learning_*.csv")) <= expected
     assert learning.table() in README
 
 
@@ -21,13 +22,19 @@ def test_speed_table_in_the_readme_is_that_of_the_records():
 
 
 def test_speed_ratios_compare_neighbours_in_time():
-    rows = [(0, "sb3", 100), (0, "ppo_torch", 200), (0, "ppo_torch --compile", 300)]
-    rows += [(1, "sb3", 50), (1, "ppo_torch", 150), (1, "ppo_torch --compile", 250)]
+    rows = [(0, "sb3", 100), (0, "sbx", 50), (0, "ppo_torch", 200)]
+    rows += [(1, "sb3", 50), (1, "sbx", 50), (1, "ppo_torch", 150)]
     assert ppo_speed.markdown_table(rows).splitlines()[2:] == [
-        "| sb3 | 75 (50 to 100) | 1.00 (1.00 to 1.00) |",
-        "| ppo_torch | 175 (150 to 200) | 2.50 (2.00 to 3.00) |",
-        "| ppo_torch --compile | 275 (250 to 300) | 4.00 (3.00 to 5.00) |",
+        "| sb3 | 75 (50 to 100) | 1.00 (1.00 to 1.00) | 1.50 (1.00 to 2.00) |",
+        "| sbx | 50 (50 to 50) | 0.75 (0.50 to 1.00) | 1.00 (1.00 to 1.00) |",
+        "| ppo_torch | 175 (150 to 200) | 2.50 (2.00 to 3.00) | 3.50 (3.00 to 4.00) |",
     ]
+
+
+def test_unfenced_table_in_the_readme_is_that_of_the_records():
+    lines = (ROOT / "results" / "unfenced.csv").read_text().splitlines()
+    found = {(script, phase, clock): float(ms) for script, phase, clock, ms in list(csv.reader(lines[1:]))[1:]}
+    assert unfenced.markdown_table(found) in README
 
 
 def test_every_figure_of_the_readme_is_there():

@@ -1,0 +1,78 @@
+"""What a timer without a fence would have reported: each phase of the PPO scripts, clocked with and without waiting.
+
+    python benchmarks/unfenced.py                        writes results/unfenced.csv and prints the table
+
+The same iterations of CartPole-v1 (4 environments x 128 steps, 4 epochs of 4 minibatches), phase by phase; medians
+over iterations. Without a fence the clock is read as soon as the call returns, which is when the work is described
+(MLX) or queued (JAX; CUDA would be the same), not when it is done. The rest of the work then shows up wherever the
+program first needs a number.
+"""
+
+import contextlib
+import csv
+import importlib
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("ppo_torch", "ppo_jax", "ppo_mlx")
+PHASES = ("gae", "loss", "kl", "weight_update", "other")
+
+
+@dataclass(frozen=True)
+class Config:
+    iterations: int = 60  # of each script, with and without fences in turn
+    output: Path = ROOT / "results" / "unfenced.csv"  # one row for a script, a phase and a way to clock it
+
+
+def measure(script: str, iterations: int) -> dict[tuple[str, str], float]:
+    """Milliseconds an iteration for (phase, "fenced" or "unfenced")."""
+    module = importlib.import_module(script)
+    config, laps = module.Config(vectorization="sync"), {"fenced": [], "unfenced": []}
+    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner, rng = module.new_learner(envs, config), np.random.default_rng(1)
+        stopwatch = module.new_stopwatch(learner, config)
+        fences: dict[str, Callable] = {"fenced": stopwatch.fence, "unfenced": lambda result: None}
+        module.warm_up(learner, envs, config, stopwatch)
+        for _ in range(iterations + 5):
+            for way, stopwatch.fence in fences.items():
+                rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+                stopwatch.lap()
+                learner, _, _ = module.update(learner, rollout, config, rng, stopwatch.timed)
+                laps[way].append(stopwatch.lap())
+    rows = {(phase, way): [lap[phase] for lap in laps[way][5:]] for way in laps for phase in PHASES}
+    return {key: 1e3 * statistics.median(seconds) for key, seconds in rows.items()}
+
+
+def markdown_table(found: dict[tuple[str, str, str], float]) -> str:
+    lines = [f"| ms of an update: fenced / unfenced | {' | '.join(PHASES)} |", "|---" * (len(PHASES) + 1) + "|"]
+    for script in SCRIPTS:
+        cells = [f"{found[script, phase, 'fenced']:.2f} / {found[script, phase, 'unfenced']:.2f}" for phase in PHASES]
+        lines.append(f"| {script} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    sys.path.insert(0, str(ROOT))
+    found = {(script, *key): ms for script in SCRIPTS for key, ms in measure(script, config.iterations).items()}
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "jax", "mlx"))
+    with open(config.output, "w", newline="") as file:
+        command = f"python benchmarks/unfenced.py --iterations {config.iterations}"
+        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
+        rows = [(*key, round(ms, 4)) for key, ms in found.items()]
+        csv.writer(file).writerows([("script", "phase", "clock", "milliseconds"), *rows])
+    print(markdown_table(found))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

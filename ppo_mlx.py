@@ -1,0 +1,1296 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "mlx==0.32.4; sys_platform == 'darwin'",
+#     "mlx[cpu]==0.32.4; sys_platform == 'linux'",
+#     "gymnasium[box2d,classic-control,mujoco,other]==1.3.0",
+#     "mujoco==3.17.0",
+#     "numpy==2.4.6",
+#     "pydantic==2.14.3",
+#     "safetensors==0.8.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""Proximal policy optimisation (PPO) in MLX, in one file.
+
+    python ppo_mlx.py --env-id CartPole-v1
+
+Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
+Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
+details that the papers leave out from Huang et al., "The 37 Implementation Details of Proximal Policy Optimization",
+ICLR blog track 2022. The defaults are CleanRL's for CartPole-v1; the README has commands for other environments.
+
+    initialise policy π and value function V
+    repeat
+        anneal the learning rate
+        act with π for T steps in N environments
+        compute advantages Â with GAE(λ) from V, and returns R = Â + V
+        repeat K epochs, for M minibatches of the T·N samples
+            minimise  -min(r Â, clip(r, 1-ε, 1+ε) Â) + c₁ (V - R)² / 2 - c₂ entropy(π),   r = π(a|s) / π_old(a|s)
+
+Shapes: T steps, N environments, B samples of a batch or minibatch, *O the shape of one observation, A dimensions of an
+action. Actions always have the last axis A, also for Discrete (A = 1). The rollout keeps a continuous action as it was
+sampled; `environment_actions` clips it to its bounds for the environment alone.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import timeit
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial, reduce
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pydantic
+import safetensors.numpy
+import tyro
+import wandb
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.utils import update_mean_var_count_from_moments
+from mlx.core import array as Tensor
+from mlx.utils import tree_flatten
+from pydantic import Field
+from tqdm import tqdm
+
+FRAMEWORK = "mlx"
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
+    env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
+    learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
+    final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
+    anneal_lr: bool = True  # go linearly from --learning-rate to --final-learning-rate
+    num_envs: Count = 4  # N, environments that step together
+    num_steps: Count = 128  # T, steps of each environment between two updates
+    gamma: Fraction = 0.99  # discount factor γ
+    gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
+    num_minibatches: Count = 4  # M, minibatches of an epoch
+    update_epochs: Count = 4  # K, passes over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: Positive = 0.2  # ε, how far the probability ratio may move from 1
+    clip_vloss: bool = True  # limit the value's change by --clip-coef too
+    ent_coef: NonNegative = 0.01  # c₂, weight of the entropy bonus
+    vf_coef: NonNegative = 0.5  # c₁, weight of the value loss
+    max_grad_norm: Positive = 0.5  # largest global norm of the gradient
+    target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
+    adam_eps: Positive = 1e-5  # Adam's ε
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers for vector observations
+    norm_obs: bool = False  # normalise vector observations by their running mean and variance
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
+    episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
+    vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu for images where there is one, else cpu
+    compile: bool = False  # mx.compile the loss with its gradient (on a CPU it needs g++)
+    timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
+    eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
+    eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
+    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
+    capture_video: bool = False  # film the first episode of every evaluation
+    save_model: bool = True  # write model.safetensors at the end
+    load_model: str | None = None  # start from this model.safetensors: weights and normalisation statistics
+    resume: str | None = None  # go on with the run in this directory; needs no other flag
+    run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
+    exp_name: str = "ppo_mlx"  # <script> in the name of the run
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_entity: str | None = None  # W&B user or team
+    wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+class Agent(nn.Module):
+    """Policy and value function: two tanh networks, or two linear heads on a shared CNN for images.
+
+    The actor gives the logits of all discrete choices side by side, or the mean of a Gaussian whose standard deviation
+    exp(log_std) does not depend on the state (log_std is None for discrete actions).
+    """
+
+    def __init__(self, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
+        super().__init__()
+        is_image = len(observation_shape) == 3
+        sizes = (512,) if is_image else (*observation_shape, *config.hidden_sizes)
+        self.nvec = nvec  # choices of each discrete action dimension; () for continuous actions
+        self.encoder = NatureCNN(observation_shape) if is_image else None
+        self.actor = MLP(*sizes, sum(nvec) or action_dim, gain=0.01)
+        self.critic = MLP(*sizes, 1, gain=1.0)
+        self.log_std = None if nvec else mx.zeros(action_dim)
+
+    def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, *O) -> logits (B, sum(nvec)) or means (B, A), values (B,)"""
+        features = self.encode(observations)
+        return self.actor(features), self.critic(features).squeeze(-1)
+
+    def encode(self, observations: Tensor) -> Tensor:
+        return self.encoder(observations) if self.encoder else observations
+
+    @property
+    def parameter_list(self) -> list[Tensor]:
+        return [module[name] for module, name in self.places]
+
+    def set_parameters(self, arrays: list[Tensor]) -> None:
+        """As `update`, in 1 µs instead of 40."""
+        for (module, name), array in zip(self.places, arrays, strict=True):
+            module[name] = array
+
+    @cached_property
+    def places(self) -> list[tuple[nn.Module, str]]:
+        return [(module, name) for module in self.modules() for name, x in module.items() if isinstance(x, Tensor)]
+
+
+class MLP(nn.Sequential):
+    """Linear layers of these sizes with tanh between them; `gain` is the last layer's."""
+
+    def __init__(self, *sizes: int, gain: float):
+        hidden = [(initialised(nn.Linear(*pair)), nn.Tanh()) for pair in itertools.pairwise(sizes[:-1])]
+        super().__init__(*sum(hidden, ()), initialised(nn.Linear(*sizes[-2:]), gain))
+
+
+class NatureCNN(nn.Sequential):
+    """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
+
+    def __init__(self, observation_shape: tuple[int, ...]):
+        channels, *sides = observation_shape
+        flat = 64 * math.prod(((side - 8) // 4 + 1 - 4) // 2 + 1 - 2 for side in sides)
+        layers = [Conv2d(channels, 32, 8, stride=4), Conv2d(32, 64, 4, stride=2), Conv2d(64, 64, 3)]
+        convolutions = sum(((initialised(layer), nn.ReLU()) for layer in layers), ())
+        super().__init__(*convolutions, Flatten(), initialised(nn.Linear(flat, 512)), nn.ReLU())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        channels_last = images.transpose(0, 2, 3, 1)  # MLX's convolutions know no other layout
+        return super().__call__(channels_last.astype(self.layers[0].weight.dtype) / 255)
+
+
+class Conv2d(nn.Conv2d):
+    """On a CPU a matrix product of patches: MLX's own takes 1.2 times as long there, and knows nothing but float32."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if mx.default_device().type == mx.gpu:
+            return super().__call__(images)
+        (_, height, width, _), (vertical, horizontal) = self.weight.shape, self.stride
+        rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
+        shifts = itertools.product(range(height), range(width))
+        patches = [images[:, i : i + rows : vertical, j : j + columns : horizontal] for i, j in shifts]
+        return mx.addmm(self.bias, mx.concatenate(patches, -1), self.weight.flatten(1).T)
+
+
+class Flatten(nn.Module):
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.transpose(0, 3, 1, 2).flatten(1)  # torch's order, for models to load there
+
+
+def initialised(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights (Saxe et al. 2014) times a gain, biases zero."""
+    shape = layer.weight.shape
+    rows, columns = shape[0], math.prod(shape[1:])
+    # nn.init.orthogonal decomposes a square of the longer side, which takes 20 s for the CNN
+    q, r = mx.linalg.qr(mx.random.normal((max(rows, columns), min(rows, columns))), stream=mx.cpu)
+    q = gain * q * mx.sign(mx.diag(r))
+    layer.weight = (q if rows >= columns else q.T).reshape(shape)
+    layer.bias = mx.zeros_like(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Rollout(NamedTuple):
+    """What the environments gave, on the host."""
+
+    observations: np.ndarray  # (T + 1, N, *O); the last row begins the next rollout
+    actions: np.ndarray  # (T, N, A)
+    rewards: np.ndarray  # (T, N)
+    terminated: np.ndarray  # (T, N)
+    truncated: np.ndarray  # (T, N), without those that terminated in the same step
+    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Batch(NamedTuple):
+    """A whole rollout or one minibatch on the device, one sample a row."""
+
+    observations: Tensor  # (B, *O)
+    actions: Tensor  # (B, A)
+    log_probs: Tensor  # (B,), of the policy that acted
+    values: Tensor  # (B,), before the update
+    advantages: Tensor  # (B,)
+    returns: Tensor  # (B,)
+
+
+class Learner(NamedTuple):
+    """What an update changes."""
+
+    agent: Agent
+    weights: Tensor  # all of the agent's, in one vector; its layers hold views of it
+    optimizer: "Adam"
+
+
+class Adam(NamedTuple):
+    """mlx.optimizers.Adam corrects the bias in float32, whatever the weights are."""
+
+    learning_rate: float
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...]) -> np.ndarray:
+    """Output of the actor (N, ·), noise of that shape -> actions (N, A); noise 0 gives the most likely ones.
+
+    Continuous: mean + noise, which is std · standard Gaussian. Discrete: argmax(logits + Gumbel noise), which is a draw
+    from softmax(logits) (Maddison et al. 2014, "A* Sampling", §2).
+    """
+    if not nvec:
+        return policy + noise
+    perturbed = policy + noise
+    actions = np.empty((len(perturbed), len(nvec)), np.int64)
+    for i, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(nvec, initial=0))):
+        perturbed[:, start:end].argmax(-1, out=actions[:, i])
+    return actions
+
+
+def exp(x: Tensor) -> Tensor:
+    """mx.exp has 7 digits on a CPU, also in float64."""
+    return mx.power(math.e, x) if x.dtype == mx.float64 else mx.exp(x)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last axis; mx.logsumexp is built on mx.exp."""
+    shifted = logits - mx.stop_gradient(logits.max(-1, keepdims=True))
+    return shifted - mx.log(exp(shifted).sum(-1, keepdims=True))
+
+
+def log_probs_and_entropies(
+    policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and entropy of π(·|s), (B,) each, summed over the independent action dimensions."""
+    if not nvec:
+        log_probs = -0.5 * ((actions - policy) / exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        entropies = mx.broadcast_to(log_std + 0.5 * math.log(2 * math.pi * math.e), log_probs.shape)
+        return log_probs.sum(-1), entropies.sum(-1)
+    logits = mx.split(policy, list(itertools.accumulate(nvec[:-1])), -1)
+    parts = [log_softmax(part) for part in logits]
+    chosen = zip(parts, mx.split(actions, len(nvec), -1), strict=True)
+    log_probs = [mx.take_along_axis(part, action, -1).squeeze(-1) for part, action in chosen]
+    entropies = [-(exp(part) * part).sum(-1) for part in parts]
+    return reduce(mx.add, log_probs), reduce(mx.add, entropies)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Advantages by GAE eq. 16, everything (T, N): δ_t = r_t + γ V(s'_t) - V(s_t), Â_t = δ_t + γλ Â_{t+1}.
+
+    s'_t is the true next observation. Only termination cuts V(s'_t); any end of an episode (`done`) cuts Â_{t+1}.
+    """
+    deltas = rewards + gamma * next_values * (1 - terminated) - values
+    decays = gamma * lam * (1 - done)
+    advantages, terms = deltas, 1  # of the sum over δ, in each advantage
+    while terms < len(deltas):  # log T rounds of few operations, for each operation costs more than its numbers
+        ahead = ((0, terms), (0, 0))
+        advantages = advantages + decays * mx.pad(advantages[terms:], ahead)
+        decays = decays * mx.pad(decays[terms:], ahead)
+        terms *= 2
+    return advantages
+
+
+def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
+    ratio = exp(log_ratio)
+    return -mx.minimum(ratio * advantages, mx.clip(ratio, 1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); with a clip_coef, V gains nothing by leaving V_old."""
+    squared_errors = (values - returns) ** 2
+    if clip_coef is not None:
+        clipped_values = old_values + mx.clip(values - old_values, -clip_coef, clip_coef)
+        squared_errors = mx.maximum(squared_errors, (clipped_values - returns) ** 2)
+    return 0.5 * squared_errors.mean()
+
+
+def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
+    """KL(π_old ‖ π) by estimators k3 and k1 (Schulman 2020, "Approximating KL Divergence"); clipped fraction."""
+    ratio = exp(log_ratio)
+    is_clipped = (mx.abs(ratio - 1) > clip_coef).astype(ratio.dtype)
+    k1, k3 = -log_ratio, ratio - 1 - log_ratio
+    return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def annealed_learning_rate(iteration: int, config: Config) -> float:
+    """From --learning-rate at the first update to --final-learning-rate one update after the last."""
+    progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
+    return (1 - progress) * config.learning_rate + progress * config.final_learning_rate
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """PPO eq. 9 -> its gradient as a vector of all weights, the three losses, log-ratio (B,)"""
+
+    def loss(parameters: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        agent.set_parameters(parameters)
+        policy, values = agent(minibatch.observations)
+        log_probs, entropies = log_probs_and_entropies(policy, agent.log_std, minibatch.actions, agent.nvec)
+        log_ratio, value_clip = log_probs - minibatch.log_probs, config.clip_coef if config.clip_vloss else None
+        losses = {
+            "policy_loss": policy_loss(log_ratio, minibatch.advantages, config.clip_coef),
+            "value_loss": value_loss(values, minibatch.values, minibatch.returns, value_clip),
+            "entropy": entropies.mean(),
+        }
+        loss = losses["policy_loss"] + config.vf_coef * losses["value_loss"] - config.ent_coef * losses["entropy"]
+        return loss, losses, log_ratio
+
+    parameters = agent.parameter_list
+    (_, losses, log_ratio), gradients = mx.value_and_grad(loss)(parameters)
+    agent.set_parameters(parameters)  # what the differentiation left in their place
+    return parameters_to_vector(gradients), losses, log_ratio
+
+
+def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[Learner, Tensor]:
+    """Scales the gradient by min(1, max_grad_norm / (norm + 1e-6)); one step of Adam -> learner, norm before"""
+    norm = mx.linalg.norm(gradient)
+    gradient = gradient * mx.minimum(config.max_grad_norm / (norm + 1e-6), 1)
+    learning_rate, step, exp_avg, exp_avg_sq = learner.optimizer
+    step, beta1, beta2 = step + 1, 0.9, 0.999
+    exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient**2
+    denominator = mx.sqrt(exp_avg_sq) / math.sqrt(1 - beta2**step) + config.adam_eps
+    weights = learner.weights - learning_rate / (1 - beta1**step) * exp_avg / denominator
+    vector_to_parameters(weights, learner.agent)
+    return Learner(learner.agent, weights, Adam(learning_rate, step, exp_avg, exp_avg_sq)), norm
+
+
+def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
+    """Log-probabilities and values of the whole rollout in one call, then advantages and returns."""
+    observations, actions, rewards, terminated, truncated, final_observations = to_tensors(agent, *rollout)
+    policy, values = agent(observations.flatten(0, 1))
+    values = values.reshape(observations.shape[:2])  # (T + 1, N)
+    next_values = values[1:]
+    if len(final_observations):
+        _, next_values[truncated.astype(mx.bool_)] = agent(final_observations)
+    done = terminated + truncated
+    advantages = gae(rewards, values[:-1], next_values, terminated, done, config.gamma, config.gae_lambda).flatten()
+    observations, actions, values = observations[:-1].flatten(0, 1), actions.flatten(0, 1), values[:-1].flatten()
+    log_probs, _ = log_probs_and_entropies(policy[: config.batch_size], agent.log_std, actions, agent.nvec)
+    return Batch(observations, actions, log_probs, values, advantages, returns=advantages + values)
+
+
+def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> Iterator[Batch]:
+    """One epoch: each sample once, in the order given; advantages are normalised within each minibatch."""
+    indices = mx.array(permutation)
+    shuffled = Batch(*(mx.unflatten(field[indices], 0, (config.num_minibatches, -1)) for field in batch))
+    if config.norm_adv:
+        advantages = shuffled.advantages  # (M, B / M)
+        deviations = advantages - advantages.mean(1, keepdims=True)
+        shuffled = shuffled._replace(advantages=deviations / (mx.std(advantages, 1, keepdims=True, ddof=1) + 1e-8))
+    return map(Batch, *shuffled)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def update_minibatch(learner: Learner, minibatch: Batch, config: Config, timed: Callable):
+    """-> learner, losses and norm of the gradient, log-ratio (B,)"""
+    gradient, losses, log_ratio = timed("loss", loss_and_gradient, learner.agent, minibatch, config)
+    learner, gradient_norm = timed("weight_update", apply_gradient, learner, gradient, config)
+    return learner, losses | {"grad_norm": gradient_norm}, log_ratio
+
+
+def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config: Config, timed: Callable):
+    """-> learner, means over the minibatches of what the record calls losses/…"""
+    losses, log_ratios = [], []
+    for minibatch in minibatches(batch, permutation, config):
+        learner, minibatch_losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
+        losses.append(minibatch_losses)
+        log_ratios.append(log_ratio)
+    kl = timed("kl", kl_and_clip_fraction, mx.stack(log_ratios), config.clip_coef)
+    metrics = kl | {name: mx.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    mx.async_eval(learner, metrics)  # bounds the graph; once a minibatch takes 2 % longer on a CPU
+    return learner, metrics
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def update(
+    learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
+) -> tuple[Learner, Batch, dict[str, float]]:
+    """At most K epochs -> learner, the batch, losses/… averaged over all minibatches"""
+    batch = timed("gae", make_batch, learner.agent, rollout, config)
+    epochs: list[dict[str, Tensor]] = []
+    for _ in range(config.update_epochs):
+        permutation = rng.permutation(config.batch_size)
+        learner, metrics = timed(None, update_epoch, learner, batch, permutation, config, timed)
+        epochs.append(metrics)
+        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
+            break
+    metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
+    metrics["losses/explained_variance"] = float(1 - batch.advantages.var() / batch.returns.var())
+    return learner, batch, metrics
+
+
+# --------------------------------------------------------------------------------------------------------- rollout
+
+
+def action_noise(rng: np.random.Generator, shape: tuple[int, ...], agent: Agent) -> np.ndarray:
+    """(*shape, ·) for `sample_actions`"""
+    if agent.nvec:
+        return rng.gumbel(size=(*shape, sum(agent.nvec))).astype(np.float32)
+    std = np.exp(np.array(agent.log_std))
+    return std * rng.standard_normal((*shape, len(std)), np.float32)
+
+
+def act(agent: Agent, observations: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """(N, *O), (N, ·) -> (N, A). An environment needs the action alone; `make_batch` computes the rest at once."""
+    return sample_actions(np.array(agent.actor(agent.encode(mx.array(observations)))), noise, agent.nvec)
+
+
+# twin: ppo_mlx ppo_jax
+def collect_rollout(
+    agent: Agent, envs: "Environments", config: Config, rng: np.random.Generator, timed: Callable
+) -> Rollout:
+    noise = action_noise(rng, (config.num_steps, config.num_envs), agent)
+    observations = np.empty((config.num_steps + 1, *envs.observations.shape), envs.observations.dtype)
+    rewards = np.empty((config.num_steps, config.num_envs), np.float32)
+    terminated, truncated = np.empty((2, *rewards.shape), bool)
+    actions, final_observations = [], []
+    observations[0] = envs.observations
+    for t in range(config.num_steps):
+        actions.append(timed("forward", act, agent, observations[t], noise[t]))
+        observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, actions[t])
+        final_observations.extend(ended)
+    final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
+    returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
+    check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
+    return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Result(NamedTuple):
+    learner: Learner
+    evaluation_returns: list[float]  # of each episode
+    run_dir: Path
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def train(config: Config) -> Result:
+    """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
+    after SIGINT or SIGTERM, once a checkpoint is written."""
+    validate(config)
+    if config.capture_video:
+        make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
+    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+        learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
+        if config.load_model and not has_checkpoint(config):
+            learner = load_model(config.load_model, learner, envs)
+        stopwatch = new_stopwatch(learner, config)
+        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+            learner = run.restore(learner, rng)
+            stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
+            for iteration in run.iterations():
+                rate = annealed_learning_rate(iteration, config)
+                learner = with_learning_rate(learner, rate)
+                rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+                if run.is_timed(iteration):
+                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
+                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
+                else:
+                    arguments = learner, rollout, config, rng, stopwatch.fused
+                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                if run.is_due(config.eval_interval):
+                    run.evaluate(partial(act, learner.agent))
+                run.record(metrics | {"charts/learning_rate": rate}, rollout, partial(to_histograms, batch))
+                if run.is_due(config.checkpoint_every):
+                    run.save_checkpoint(to_numpy(learner), rng)
+                    stopwatch.timed("checkpoint", envs.restart, run.global_step)
+            returns = run.conclude(partial(act, learner.agent), to_numpy(learner), rng)
+    return Result(learner, returns, run.directory)
+
+
+# ------------------------------------------------------------------------------------------------------------- mlx
+
+
+def new_learner(envs: "Environments", config: Config) -> Learner:
+    is_image = len(envs.observation_shape) == 3
+    available = ["gpu"] * mx.is_available(mx.gpu) + ["cpu"]
+    if config.device not in ("auto", *available):
+        raise BadInput(f"--device {config.device} is not there; this machine has {' and '.join(available)}")
+    auto = available[0] if is_image else "cpu"  # small networks: a wait for the gpu in each step costs more
+    mx.set_default_device(getattr(mx, auto if config.device == "auto" else config.device))
+    mx.random.seed(config.seed)
+    agent = Agent(envs.observation_shape, envs.nvec, envs.action_dim, config)
+    weights = parameters_to_vector(agent.parameter_list)
+    return Learner(agent, weights, Adam(config.learning_rate, 0, mx.zeros_like(weights), mx.zeros_like(weights)))
+
+
+def device_name(learner: Learner) -> str:
+    device = mx.default_device()
+    return f"gpu ({mx.device_info(device)['device_name']})" if device.type == mx.gpu else "cpu"
+
+
+def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
+    @mx.compile
+    def loss_of_parameters(parameters: list[Tensor], minibatch: Batch):
+        learner.agent.set_parameters(parameters)
+        return loss_and_gradient(learner.agent, Batch(*minibatch), config)
+
+    def compiled_loss(agent: Agent, minibatch: Batch, config: Config):
+        parameters = agent.parameter_list
+        result = loss_of_parameters(parameters, minibatch)
+        agent.set_parameters(parameters)  # what the tracing left in their place
+        return result
+
+    return Stopwatch(mx.eval, {loss_and_gradient: compiled_loss} if config.compile else {})
+
+
+def with_learning_rate(learner: Learner, rate: float) -> Learner:
+    return learner._replace(optimizer=learner.optimizer._replace(learning_rate=rate))
+
+
+def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
+    """Compiles what is to be compiled, on a minibatch of zeros; the weights stay as they are."""
+    size = config.batch_size // config.num_minibatches
+    observations = np.zeros((size, *envs.observation_shape), envs.observation_dtype)
+    actions = act(learner.agent, observations)
+    minibatch = Batch(*to_tensors(learner.agent, observations, actions, *np.zeros((4, size), np.float32)))
+    mx.eval(stopwatch.fused("loss", loss_and_gradient, learner.agent, minibatch, config))
+
+
+def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+    """Clocks parts of the loss, never compiled, on one minibatch, as seconds of all minibatches."""
+    minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
+    mx.eval(minibatch, agent(minibatch.observations))  # the first call after a rollout finds cold caches
+    timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
+    policy, values = timed("loss/forward", Agent.__call__, agent, minibatch.observations)
+    log_probs, _ = log_probs_and_entropies(policy, agent.log_std, minibatch.actions, agent.nvec)
+    log_ratio = log_probs - minibatch.log_probs
+    mx.eval(log_ratio)
+    timed("loss/policy", policy_loss, log_ratio, minibatch.advantages, config.clip_coef)
+    value_clip = config.clip_coef if config.clip_vloss else None
+    timed("loss/value", value_loss, values, minibatch.values, minibatch.returns, value_clip)
+
+
+def parameters_to_vector(parameters: list[Tensor]) -> Tensor:
+    return mx.concatenate([array.flatten() for array in parameters])
+
+
+def vector_to_parameters(vector: Tensor, agent: Agent) -> None:
+    arrays = agent.parameter_list
+    parts = mx.split(vector, list(itertools.accumulate(array.size for array in arrays[:-1])))
+    agent.set_parameters([part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)])
+
+
+def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
+    """Floats and booleans take the dtype of the weights, integers keep theirs."""
+    dtype = agent.parameter_list[0].dtype
+    return [mx.array(x) if np.issubdtype(x.dtype, np.integer) else mx.array(x, dtype) for x in arrays]
+
+
+def to_histograms(batch: Batch) -> dict[str, np.ndarray]:
+    return {name: np.array(getattr(batch, name)) for name in ("actions", "advantages", "values")}
+
+
+def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
+    """Weights by torch's names and in its layouts; Adam's step and moments as optimizer.<which>, in the order of
+    `learner.weights`."""
+    weights = {name.replace(".layers", ""): np.array(x) for name, x in tree_flatten(learner.agent.parameters())}
+    weights = {name: x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x for name, x in weights.items()}
+    adam = {name: np.array(value) for name, value in learner.optimizer._asdict().items() if name != "learning_rate"}
+    return weights | {f"optimizer.{name}": value for name, value in adam.items()}
+
+
+def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
+    """The inverse of `to_numpy`; without moments the optimizer stays as it is."""
+    agent, dtype, optimizer = learner.agent, learner.weights.dtype, learner.optimizer
+    weights = [(name, arrays[name.replace(".layers", "")]) for name, _ in tree_flatten(agent.parameters())]
+    weights = [(name, x.transpose(0, 2, 3, 1) if x.ndim == 4 else x) for name, x in weights]
+    agent.load_weights([(name, mx.array(x, dtype)) for name, x in weights])
+    if "optimizer.step" in arrays:
+        moments = (mx.array(arrays[f"optimizer.{name}"], dtype) for name in ("exp_avg", "exp_avg_sq"))
+        optimizer = Adam(optimizer.learning_rate, int(arrays["optimizer.step"]), *moments)
+    return Learner(agent, parameters_to_vector(agent.parameter_list), optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Environments:
+    """N environments that reset in the very step that ends an episode; normalises, clips and adds up returns."""
+
+    def __init__(self, config: Config, num_envs: int, is_evaluation: bool = False):
+        self.config, self.num_envs, self.is_evaluation = config, num_envs, is_evaluation
+        self.is_fresh, self.is_atari = True, config.env_id.startswith("ALE/")
+        self.vector = make_vector(config, num_envs, is_evaluation)
+        self.observation_shape = self.vector.single_observation_space.shape
+        self.observation_dtype = np.uint8 if len(self.observation_shape) == 3 else np.float32
+        self.nvec, self.action_dim = action_sizes(self.vector.single_action_space)
+        if config.norm_obs and self.observation_dtype == np.uint8:
+            raise BadInput("--norm-obs is for vector observations; images are divided by 255 in any case")
+        shapes = {"observation": self.observation_shape} if config.norm_obs else {}
+        shapes |= {"return": ()} if config.norm_reward else {}
+        self.statistics: dict[str, np.ndarray] = {}
+        for name, shape in shapes.items():
+            moments = np.zeros(shape), np.ones(shape), np.array(1e-4)
+            self.statistics |= {f"{name}_mean": moments[0], f"{name}_var": moments[1], f"{name}_count": moments[2]}
+
+    def restart(self, *seed: int) -> None:
+        """First episodes in environments made anew, so that the seed alone decides what follows."""
+        if not self.is_fresh:
+            self.close()
+            self.vector = make_vector(self.config, self.num_envs, self.is_evaluation)
+        self.is_fresh = False
+        seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0] >> 1
+        observations, info = self.vector.reset(seed=int(seed))
+        self.returns, self.lengths, self.discounted_returns = np.zeros((3, self.num_envs))
+        self.lives, self.episodes = info["lives"] if self.is_atari else None, []
+        self.observations = self.normalize(observations)
+
+    def close(self) -> None:
+        try:
+            self.vector.close()
+        except Exception:  # a worker is gone; the others would outlive this process: they do not heed SIGTERM
+            for process in getattr(self.vector, "processes", ()):
+                process.kill()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+        """(N, A) -> observations, rewards, terminated, truncated, true last observations of truncated episodes"""
+        env_actions = environment_actions(actions, self.vector.single_action_space)
+        observations, rewards, terminated, truncated, info = self.vector.step(env_actions)
+        self.returns += rewards
+        self.lengths += 1
+        if self.config.clip_reward:
+            rewards = rewards.clip(-1, 1)
+        if self.config.norm_reward and not self.is_evaluation:
+            rewards = self.normalize_rewards(rewards, terminated | truncated)
+        final_observations = []
+        if "final_obs" in info:
+            game_over = terminated | truncated
+            if self.is_atari:  # after a lost life the game goes on, a new one has as many or more
+                game_over &= truncated | (info["lives"] >= self.lives)
+            self.episodes += [(int(n), float(self.returns[n]), int(self.lengths[n])) for n in np.flatnonzero(game_over)]
+            self.returns[game_over] = self.lengths[game_over] = 0
+            truncated = truncated & ~terminated
+            final_observations = [self.normalize(last, learn=False) for last in info["final_obs"][truncated]]
+        if self.is_atari:
+            self.lives = info["lives"]
+        self.observations = self.normalize(observations)
+        return self.observations, rewards, terminated, truncated, final_observations
+
+    def normalize(self, observations: np.ndarray, learn: bool = True) -> np.ndarray:
+        if self.config.norm_obs:
+            if learn and not self.is_evaluation:
+                self.update_statistics("observation", observations)
+            mean, var = self.statistics["observation_mean"], self.statistics["observation_var"]
+            observations = ((observations - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
+        return observations.astype(self.observation_dtype, copy=False)
+
+    def normalize_rewards(self, rewards: np.ndarray, done: np.ndarray) -> np.ndarray:
+        self.discounted_returns = self.config.gamma * self.discounted_returns + rewards
+        self.update_statistics("return", self.discounted_returns)
+        self.discounted_returns[done] = 0
+        return (rewards / np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
+
+    def update_statistics(self, name: str, samples: np.ndarray) -> None:
+        names = [f"{name}_{moment}" for moment in ("mean", "var", "count")]
+        old, new = (self.statistics[name] for name in names), (samples.mean(0), samples.var(0), len(samples))
+        self.statistics |= zip(names, map(np.asarray, update_mean_var_count_from_moments(*old, *new)), strict=True)
+
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def frame(self) -> np.ndarray:
+        """Picture of the first environment, (height, width, 3)"""
+        return np.stack([self.observations[0, -1]] * 3, -1) if self.is_atari else self.vector.envs[0].render()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vector.VectorEnv:
+    is_filmed, mode = is_evaluation and config.capture_video, {"autoreset_mode": AutoresetMode.SAME_STEP}
+    try:
+        kwargs = json.loads(config.env_kwargs)
+        if is_filmed:
+            importlib.import_module("moviepy")  # missed now, not after the training
+        if config.env_id.startswith("ALE/"):  # preprocessed as Mnih et al. 2015; sticky actions if kwargs say so
+            gym.register_envs(importlib.import_module("ale_py"))
+            mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
+            return gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
+        make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs)
+        is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
+        if is_async and not is_evaluation:
+            multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
+            return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+        vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
+        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
+            raise ValueError("it renders no picture")
+        return vector
+    except Exception as error:
+        is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
+        flags = f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}" + " --capture-video" * is_filmed
+        hint = "; pip install -r requirements/all.txt" if is_missing else ""
+        raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
+    if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if env_id.startswith("dm_control/"):
+        gym.register_envs(importlib.import_module("shimmy"))
+    env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    space = env.observation_space
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
+        channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
+        space = spaces.Box(0, 255, np.moveaxis(space.sample(), channels, 0).shape, np.uint8)
+        if min(space.shape[1:]) < 36:
+            raise ValueError(f"the CNN needs images of 36 x 36 or more, these are {space.shape[1]} x {space.shape[2]}")
+        return gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, channels, 0).copy(), space)
+    if not space.is_np_flattenable or isinstance(space, spaces.Text):
+        raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
+    return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
+    """Whether processes save more than the 40 µs an environment that talking to them costs."""
+    with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
+        vector.reset(seed=0)
+        actions = vector.action_space.sample()
+        seconds = min(timeit.repeat(lambda: vector.step(actions), number=1, repeat=20))
+    return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
+    """(choices of each discrete dimension, none for a Box), A"""
+    if isinstance(space, spaces.Discrete):
+        return (int(space.n),), 1
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return tuple(space.nvec.tolist()), len(space.nvec)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return (), math.prod(space.shape)
+    raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
+    if isinstance(space, spaces.Discrete):
+        return actions[:, 0] + space.start
+    if isinstance(space, spaces.MultiDiscrete):
+        return actions + space.start
+    return actions.reshape(-1, *space.shape).clip(space.low, space.high)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def check_finite(env_id: str, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if array.dtype != np.uint8 and not np.isfinite(array).all():
+            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def evaluate(
+    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
+) -> list[float]:
+    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
+    envs = Environments(trained.config, trained.config.eval_episodes, is_evaluation=True)
+    envs.statistics, first_returns, frames = trained.statistics, {}, []
+    with contextlib.closing(envs):
+        envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
+        for _ in range(LONGEST_EVALUATION):
+            if video and 0 not in first_returns:
+                frames.append(envs.frame())
+            envs.step(act(envs.observations))
+            check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
+            if is_stopped():
+                return []
+            first_returns = {n: episode_return for n, episode_return, _ in envs.pop_episodes()} | first_returns
+            if len(first_returns) == envs.num_envs:
+                break
+        else:
+            warn(f"{envs.num_envs - len(first_returns)} evaluation episodes did not end, and do not count")
+    if frames:
+        video.parent.mkdir(exist_ok=True)
+        importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30).write_videofile(str(video), logger=None)
+    return list(first_returns.values())
+
+
+# ------------------------------------------------------------------------------------------------- stopwatch and run
+
+OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Stopwatch:
+    """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
+    with a slash is part of another."""
+
+    def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
+        self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.lap_start = time.perf_counter()
+
+    def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
+        """Phase None is made of phases: it runs as it is written."""
+        if phase is None:
+            return function(*arguments)
+        start = time.perf_counter()
+        result = self.compiled.get(function, function)(*arguments)
+        self.fence(result)
+        self.seconds[phase] += weight * (time.perf_counter() - start)
+        return result
+
+    def fused(self, phase: str | None, function: Callable, *arguments):
+        return self.compiled.get(function, function)(*arguments)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap, of the whole `iteration`, and of its `other` rest."""
+        now, seconds = time.perf_counter(), dict(self.seconds)
+        inside = sum(value for phase, value in seconds.items() if phase not in OUTSIDE and "/" not in phase)
+        seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
+        seconds["other"] = seconds["iteration"] - inside
+        self.seconds.clear()
+        self.lap_start = now
+        return seconds
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class Run:
+    """A run's directory, W&B record, progress bar, checkpoints and signals."""
+
+    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
+        self.config, self.envs, self.stopwatch = config, envs, stopwatch
+        if config.wandb_mode == "online" and not wandb.login(prompt=False):
+            raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
+        self.directory, run_id = open_directory(config)
+        self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
+        self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
+        self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
+        self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
+        versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
+        about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
+        about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
+        if config.wandb_mode != "online":
+            os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            self.wandb = wandb.init(
+                **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+                **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "name": self.directory.name},
+                **{"id": run_id, "resume": "allow", "dir": self.directory},
+                config=dataclasses.asdict(config) | about,
+                settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+            )
+        except wandb.Error as error:
+            if not config.resume:
+                (self.directory / "config.json").unlink()  # the same command may be tried again
+            raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
+        self.wandb.define_metric("*", step_metric="global_step")
+        self.log = self.wandb.log
+        steps = config.num_iterations * config.batch_size
+        self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> "Run":
+        is_main = threading.current_thread() is threading.main_thread()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS} if is_main else {}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+        try:
+            self.wandb.finish(exit_code=int(exception[0] not in (None, SystemExit)))
+        except Exception as error:
+            warn(f"the W&B record has no end: {one_line(error)}")
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # W&B's own hook at exit would print a traceback
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ends the run after this iteration; a second signal ends it at once."""
+        self.stop_signal = number
+        signal.signal(number, self.handlers[number])
+
+    def restore(self, learner: Learner, rng: np.random.Generator) -> Learner:
+        """The state of the checkpoint, where there is one."""
+        if not self.checkpoint:
+            return learner
+        try:
+            self.envs.statistics = {name: self.checkpoint[name] for name in self.envs.statistics}
+            rng.bit_generator.state = self.rng_state
+            return from_numpy(learner, self.checkpoint)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"the checkpoint is not of this run: {one_line(error)}"
+            raise BadInput(f"--resume {self.directory}: {what}") from error
+
+    def iterations(self) -> Iterator[int]:
+        """Counted from 1, until the last or until a signal."""
+        self.row["times/compile"].append(self.stopwatch.lap()["compile"])
+        if self.iteration < self.config.num_iterations:
+            self.envs.restart(self.global_step)
+        while self.iteration < self.config.num_iterations and not self.stop_signal:
+            self.iteration += 1
+            yield self.iteration
+
+    @property
+    def global_step(self) -> int:
+        return self.iteration * self.config.batch_size
+
+    def is_timed(self, iteration: int) -> bool:
+        """Whether this iteration runs phase by phase."""
+        return self.config.timing_interval > 0 and iteration % self.config.timing_interval == 0
+
+    def is_due(self, interval: int) -> bool:
+        """Whether this iteration reached another multiple of the interval (in steps; 0: never)."""
+        before = self.global_step - self.config.batch_size
+        is_last = self.iteration == self.config.num_iterations  # `conclude` does what is due then
+        return interval > 0 and self.global_step // interval > before // interval and not is_last
+
+    def record(self, metrics: dict[str, float], rollout: Rollout, histograms: Callable[[], dict]) -> None:
+        """Adds an iteration to the row; a timed iteration has a row of its own."""
+        if not all(math.isfinite(metrics[f"losses/{name}"]) for name in ("policy_loss", "value_loss", "grad_norm")):
+            raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
+        episodes = self.envs.pop_episodes()
+        for _, episode_return, length in episodes:
+            self.add({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+        self.episodes += episodes
+        self.recent_returns.extend(episode_return for _, episode_return, _ in episodes)
+        self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
+        is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
+        is_last = self.iteration == self.config.num_iterations
+        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+            return
+        media = {}
+        if is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100:
+            _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
+            samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
+            # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+            samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
+            media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
+            if rollout.observations.dtype == np.uint8:
+                media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
+            self.histograms_at, self.episodes = self.iteration, []
+        self.send_row(media)
+
+    def add(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if math.isfinite(value):  # the explained variance of constant returns is not
+                self.row[key].append(value)
+
+    def send_row(self, media: dict | None = None) -> None:
+        if not self.row:
+            return
+        totals = {f"times/{phase}" for phase in OUTSIDE}
+        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        if "times/iteration" in row:
+            row |= {"charts/SPS": self.config.batch_size / row["times/iteration"], "charts/iteration": self.iteration}
+        if self.recent_returns:
+            row["charts/return_last_100"] = sum(self.recent_returns) / len(self.recent_returns)
+            self.bar.set_postfix_str(f"return {row['charts/return_last_100']:.4g}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        self.row.clear()
+        try:
+            self.log(row | (media or {}) | {"global_step": self.global_step})
+        except Exception as error:  # a broken record must not end the training
+            warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
+            self.log = lambda row: None
+
+    def evaluate(self, act: Callable) -> list[float]:
+        if not self.config.eval_episodes:
+            return []
+        video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, lambda: bool(self.stop_signal))
+        self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
+        return returns
+
+    def save_checkpoint(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+        """Keeps this checkpoint and the one before it."""
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
+        self.send_row()  # rows end where a resumed run may begin
+        progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
+        progress["recent_returns"] = list(self.recent_returns)
+        path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
+        self.stopwatch.timed("checkpoint", save_arrays, path, arrays | self.envs.statistics, progress)
+        for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
+            old.unlink()
+
+    def conclude(self, act: Callable, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> list[float]:
+        """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
+        if self.stop_signal or (self.config.checkpoint_every and self.iteration):
+            self.save_checkpoint(arrays, rng)
+        returns = []
+        if not self.stop_signal:
+            if self.config.save_model:
+                weights = {name: array for name, array in arrays.items() if not name.startswith("optimizer.")}
+                metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
+                arguments = self.directory / "model.safetensors", weights | self.envs.statistics, metadata
+                self.stopwatch.timed("checkpoint", save_arrays, *arguments)
+            returns = self.evaluate(act)
+        if self.stop_signal:  # perhaps during the evaluation
+            self.bar.close()
+            print(f"stopped; go on with: python {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            raise SystemExit(128 + self.stop_signal)
+        self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
+        self.send_row()
+        self.bar.close()
+        for name, what, of in ("training", "last {}", self.recent_returns), ("evaluation", "{} greedy", returns):
+            if of:
+                spread = f"{np.mean(of):.1f} ± {np.std(of):.1f} (mean ± std, {what.format(len(of))} episodes)"
+                print(f"{name + ':':11} return {spread}")
+        print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
+        return returns
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*: (.*)", info)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
+    text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".part"), "wb") as file:
+        file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+        if metadata.get("sha256") != checksum(arrays, metadata.get("json", "")):
+            raise ValueError("its checksum is wrong, or none of these scripts wrote it")
+        return arrays, json.loads(metadata["json"])
+    except Exception as error:  # safetensors raises whatever a foreign header leads to
+        raise BadInput(f"cannot use {path}: {one_line(error)}") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def has_checkpoint(config: Config) -> bool:
+    return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
+    paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return load_arrays(path)
+        except BadInput as error:
+            warn(str(error))
+    if paths:
+        raise BadInput(f"--resume {directory}: no checkpoint there can be used")
+    warn(f"{directory} has no checkpoint yet; the run begins anew")
+    return {}, {}
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
+    """Weights and statistics of a model.safetensors that any PPO script of this repository wrote."""
+    arrays, _ = load_arrays(path)
+    expected = {name: a for name, a in to_numpy(learner).items() if not name.startswith("optimizer.")} | envs.statistics
+    for name in sorted(arrays.keys() | expected.keys()):
+        there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
+        if there != here:
+            why = "it was trained with another environment, --hidden-sizes, --norm-obs or --norm-reward"
+            raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
+    envs.statistics = {name: arrays[name] for name in envs.statistics}
+    return from_numpy(learner, arrays)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def open_directory(config: Config) -> tuple[Path, str]:
+    """The directory of the run, new unless it is resumed, and its W&B id."""
+    if config.resume:
+        return Path(config.resume), json.loads((Path(config.resume) / "config.json").read_text())["wandb_id"]
+    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+    if (directory / "config.json").exists():
+        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"wandb_id": run_id}, indent=2))
+    except OSError as error:
+        raise BadInput(f"cannot write to {directory}: {one_line(error)}; choose another --run-dir") from error
+    return directory, run_id
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class BadInput(Exception):
+    """The run cannot begin; the message says what would be right."""
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+class TrainingFailed(Exception):
+    """A number is not finite."""
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def validate(config: Config) -> Config:
+    """Raises BadInput where a value is not what Config allows, or where values do not go together."""
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    rollout = f"{config.num_envs} environments x {config.num_steps} steps"
+    if config.batch_size % config.num_minibatches or config.batch_size == config.num_minibatches:
+        raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {rollout} into parts of 2 or more")
+    if 0 < config.total_timesteps < config.batch_size:
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(json.loads(config.env_kwargs), dict):
+            return config
+    raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def parse(arguments: list[str], default: Config) -> Config:
+    """The command line as tyro reads it, its boxed complaints as one line."""
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            raise BadInput(" ".join(re.sub("[─-╿]", " ", complaints.getvalue()).split())) from stop
+        raise
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def parse_config(arguments: list[str]) -> Config:
+    """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
+    config = parse(arguments, Config())
+    if not config.resume:
+        return config
+    try:
+        recorded = json.loads((Path(config.resume) / "config.json").read_text())
+        values = {field.name: recorded[field.name] for field in dataclasses.fields(Config)}
+        _, recorded = recorded["wandb_id"], validate(Config(**values | {"resume": config.resume}))
+    except (BadInput, OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {config.resume}: no run of this script is there ({one_line(error)})") from error
+    config = parse(arguments, recorded)
+    free = {"total_timesteps", "device", "wandb_mode", "eval_episodes", "eval_interval", "capture_video", "save_model"}
+    for name, value in dataclasses.asdict(config).items():
+        if name not in free and value != getattr(recorded, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} cannot change in a resumed run; it is {getattr(recorded, name)}")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def main() -> int:
+    try:
+        train(parse_config(sys.argv[1:]))
+        return 0
+    except (BadInput, TrainingFailed, KeyboardInterrupt) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        return {BadInput: 2, TrainingFailed: 1, KeyboardInterrupt: 130}[type(error)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What the tests need to know of a framework: how to compute in float64, and how its gradients are named."""
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import jax
+import mlx.core as mx
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def double_precision(module: ModuleType) -> Iterator[None]:
+    """float64 on the CPU for what is computed inside; `doubled` makes a learner of it."""
+    if module.FRAMEWORK == "torch":
+        torch.set_default_dtype(torch.float64)
+    with jax.enable_x64(True) if module.FRAMEWORK == "jax" else contextlib.nullcontext():
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def doubled(module: ModuleType, learner):
+    if module.FRAMEWORK == "jax":
+        return jax.tree.map(lambda x: x.astype(float) if np.issubdtype(x.dtype, np.floating) else x, learner)
+    if module.FRAMEWORK == "mlx":
+        weights, adam = learner.weights.astype(mx.float64), learner.optimizer
+        module.vector_to_parameters(weights, learner.agent)
+        moments = {"exp_avg": adam.exp_avg.astype(mx.float64), "exp_avg_sq": adam.exp_avg_sq.astype(mx.float64)}
+        return learner._replace(weights=weights, optimizer=adam._replace(**moments))
+    return learner  # `double_precision` made it so
+
+
+def first_minibatch(module: ModuleType, batch, permutation: np.ndarray, config):
+    found = module.minibatches(batch, permutation, config)
+    return jax.tree.map(lambda x: x[0], found) if module.FRAMEWORK == "jax" else next(iter(found))
+
+
+def named(module: ModuleType, learner, gradient) -> dict[str, np.ndarray]:
+    """A gradient by torch's names and in its layouts; the learner's own weights may be lost."""
+    if module.FRAMEWORK == "jax":
+        learner = learner._replace(agent=gradient)
+    elif module.FRAMEWORK == "mlx":
+        module.vector_to_parameters(gradient, learner.agent)
+    else:
+        torch.nn.utils.vector_to_parameters(gradient, learner.agent.parameters())
+    return {name: x for name, x in module.to_numpy(learner).items() if not name.startswith("optimizer.")}

@@ -1,0 +1,229 @@
+"""The three PPO scripts compute the same numbers: each against ppo_torch.py, from the same weights, rollouts and order
+of minibatches; and each loads the others' models.
+
+In float64 what is left is the order of sums: 1e-9 after ten updates. In float32 the first minibatch agrees to 1e-5 of
+each tensor's largest entry; later, rounding grows through the updates.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import ppo_jax
+import ppo_mlx
+import ppo_torch
+from tests.backends import double_precision, doubled, first_minibatch, named
+
+ROOT = Path(ppo_torch.__file__).parent
+OTHERS = [ppo_mlx, ppo_jax]
+CARTPOLE = {"env_id": "CartPole-v1", "num_envs": 4, "num_steps": 32}
+VECTORS = {
+    "discrete": CARTPOLE | {"norm_obs": True},
+    "multidiscrete": CARTPOLE | {"env_id": "tests.environments:Echo-v0", "env_kwargs": '{"space": "multidiscrete"}'},
+    "gaussian": CARTPOLE | {"env_id": "Pendulum-v1", "norm_reward": True, "clip_vloss": False},
+    "plain": CARTPOLE | {"norm_adv": False, "ent_coef": 0.1, "hidden_sizes": (16,)},
+}
+IMAGES = {"env_id": "tests.environments:Picture-v0", "num_steps": 8, "num_minibatches": 2, "update_epochs": 2}
+CASES = VECTORS | {"images": IMAGES}
+
+
+def name(module: ModuleType) -> str:
+    return module.__name__
+
+
+def config_of(module: ModuleType, **flags):
+    return module.Config(**{"vectorization": "sync", "learning_rate": 1e-3, "wandb_mode": "disabled"} | flags)
+
+
+def call(phase, function, *arguments):
+    return function(*arguments)
+
+
+@cache
+def collected(case: str, number: int) -> list[ppo_torch.Rollout]:
+    """Rollouts of one untrained policy, its episodes going on from one to the next."""
+    config = config_of(ppo_torch, **CASES[case])
+    envs, rng = ppo_torch.Environments(config, config.num_envs), np.random.default_rng(0)
+    with contextlib.closing(envs):
+        envs.restart(0)
+        agent = ppo_torch.new_learner(envs, config).agent
+        return [ppo_torch.collect_rollout(agent, envs, config, rng, call) for _ in range(number)]
+
+
+@contextlib.contextmanager
+def learner_of(module: ModuleType, config, arrays: dict[str, np.ndarray]) -> Iterator:
+    with contextlib.closing(module.Environments(dataclasses.replace(config), config.num_envs)) as envs:
+        yield module.from_numpy(module.new_learner(envs, config), arrays)
+
+
+def initial_arrays(case: str) -> dict[str, np.ndarray]:
+    """Weights by torch's names, off the initial values where these are zero."""
+    config, rng = config_of(ppo_torch, **CASES[case]), np.random.default_rng(1)
+    with contextlib.closing(ppo_torch.Environments(config, config.num_envs)) as envs:
+        arrays = ppo_torch.to_numpy(ppo_torch.new_learner(envs, config))
+    return {key: (x + 0.05 * rng.standard_normal(x.shape)).astype(np.float32) for key, x in arrays.items()}
+
+
+def updated(module: ModuleType, case: str, number: int) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """Metrics and arrays (weights, optimizer) after each of several updates in float64, annealed."""
+    flags = CASES[case]
+    config = config_of(module, **flags)
+    config = dataclasses.replace(config, total_timesteps=number * config.batch_size)
+    found, rng = [], np.random.default_rng(2)
+    rollouts, arrays = collected(case, number), initial_arrays(case)
+    with double_precision(module), learner_of(module, config, arrays) as learner:
+        learner = doubled(module, learner)
+        fused = module.new_stopwatch(learner, config).fused
+        for iteration, rollout in enumerate(rollouts, 1):
+            rate = module.annealed_learning_rate(iteration, config)
+            learner, _, metrics = module.update(module.with_learning_rate(learner, rate), rollout, config, rng, fused)
+            found.append((metrics, {key: np.array(x) for key, x in module.to_numpy(learner).items()}))
+    return found
+
+
+def assert_same_updates(module: ModuleType, case: str, number: int) -> None:
+    expected, found = updated(ppo_torch, case, number), updated(module, case, number)
+    for (metrics, arrays), (found_metrics, found_arrays) in zip(expected, found, strict=True):
+        assert found_metrics.keys() == metrics.keys()
+        for key, value in metrics.items():
+            assert found_metrics[key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
+        weights = [key for key in arrays if not key.startswith("optimizer.")]
+        for key in weights:
+            assert found_arrays[key].dtype == np.float64
+            np.testing.assert_allclose(found_arrays[key], arrays[key], rtol=0, atol=1e-9, err_msg=key)
+    before, after = expected[0][1], expected[-1][1]
+    assert number == 1 or max(np.abs(after[key] - before[key]).max() for key in before if key in weights) > 1e-3
+
+
+@pytest.mark.parametrize("case", VECTORS)
+@pytest.mark.parametrize("module", OTHERS, ids=name)
+def test_ten_updates_in_float64(module, case):
+    assert_same_updates(module, case, 10)
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=name)
+def test_an_update_of_the_cnn_in_float64(module):
+    assert_same_updates(module, "images", 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("module", OTHERS, ids=name)
+def test_first_minibatch_in_float32(module, case):
+    found = {}
+    for one in (ppo_torch, module):
+        config = config_of(one, **CASES[case])
+        with learner_of(one, config, initial_arrays(case)) as learner:
+            batch = one.make_batch(learner.agent, collected(case, 1)[0], config)
+            permutation = np.random.default_rng(0).permutation(config.batch_size)
+            minibatch = first_minibatch(one, batch, permutation, config)
+            gradient, losses, log_ratio = one.loss_and_gradient(learner.agent, minibatch, config)
+            kl = one.kl_and_clip_fraction(log_ratio, config.clip_coef)
+            found[one] = named(one, learner, gradient), {key: float(x) for key, x in (losses | kl).items()}
+    (expected, expected_losses), (gradient, losses) = found[ppo_torch], found[module]
+    assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-6)
+    for key, value in expected.items():
+        assert gradient[key].dtype == np.float32 and np.abs(value).max() > 0, key
+        np.testing.assert_allclose(gradient[key], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=key)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """A trained model of every script, of a vector and of an image environment."""
+    found = {}
+    for module in (ppo_torch, *OTHERS):
+        for case in ("gaussian", "images", "discrete"):
+            flags = CASES[case]
+            config = config_of(module, **flags | {"total_timesteps": 64 if case == "images" else 256})
+            directory = tmp_path_factory.mktemp(f"{name(module)}-{case}") / "run"
+            module.train(dataclasses.replace(config, run_dir=str(directory), eval_episodes=0))
+            found[name(module), case] = directory / "model.safetensors"
+    return found
+
+
+@pytest.mark.parametrize("case", ["discrete", "gaussian", "images"])
+@pytest.mark.parametrize("writer", [ppo_torch, *OTHERS], ids=name)
+def test_every_script_loads_every_model(writer, case, models):
+    flags, rollout = CASES[case], collected(case, 1)[0]
+    observations = rollout.observations.reshape(-1, *rollout.observations.shape[2:])[:16]
+    actions = {}
+    for reader in (ppo_torch, *OTHERS):
+        config = config_of(reader, **flags)
+        with contextlib.closing(reader.Environments(config, 2)) as envs:
+            learner = reader.load_model(str(models[name(writer), case]), reader.new_learner(envs, config), envs)
+            actions[reader] = np.asarray(reader.act(learner.agent, observations))
+            arrays, _ = reader.load_arrays(models[name(writer), case])
+            weights = {key: x for key, x in reader.to_numpy(learner).items() if not key.startswith("optimizer.")}
+            assert arrays.keys() == weights.keys() | envs.statistics.keys()
+            for key, value in weights.items():
+                np.testing.assert_array_equal(value, arrays[key], err_msg=key)
+    for reader in OTHERS:
+        np.testing.assert_allclose(actions[reader], actions[ppo_torch], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reader", [ppo_torch, *OTHERS], ids=name)
+def test_a_loaded_model_evaluates_as_where_it_was_trained(reader, models, tmp_path):
+    """The same greedy episodes of CartPole, to the step."""
+    returns = []
+    for writer in (ppo_torch, *OTHERS):
+        config = config_of(reader, **CASES["discrete"], load_model=str(models[name(writer), "discrete"]))
+        flags = {"total_timesteps": 0, "eval_episodes": 3, "run_dir": str(tmp_path / name(writer))}
+        returns.append(reader.train(dataclasses.replace(config, **flags)).evaluation_returns)
+    assert all(len(found) == 3 for found in returns)
+    config = config_of(ppo_torch, **CASES["discrete"], load_model=str(models["ppo_torch", "discrete"]))
+    flags = {"total_timesteps": 0, "eval_episodes": 3, "run_dir": str(tmp_path / "reference")}
+    assert returns[0] == ppo_torch.train(dataclasses.replace(config, **flags)).evaluation_returns
+
+
+# ------------------------------------------------------------------------------------------------- the files themselves
+
+
+MAY_DIFFER = {"device", "compile", "num_threads", "exp_name"}
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=name)
+def test_flags_and_defaults(module):
+    def flags(one: ModuleType) -> dict:
+        return {
+            field.name: (str(field.type), field.default)
+            for field in dataclasses.fields(one.Config)
+            if field.name not in MAY_DIFFER
+        }
+
+    assert list(flags(module).items()) == list(flags(ppo_torch).items())
+    assert module.Config().exp_name == name(module)
+
+
+def outline(module: ModuleType) -> list[str]:
+    """Headings, functions and classes in their order."""
+    source = Path(module.__file__).read_text()
+    tree = ast.parse(source)
+    found = [(node.lineno, node.name) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    headings = [(number, line) for number, line in enumerate(source.splitlines(), 1) if line.startswith("# -----")]
+    return [text for _, text in sorted(found + headings)]
+
+
+@pytest.mark.parametrize("module", OTHERS, ids=name)
+def test_same_functions_in_the_same_order(module):
+    """What one framework alone needs is left out; all that both have stands in the same order."""
+    ours, theirs = outline(module), outline(ppo_torch)
+    common = set(ours) & set(theirs)
+    assert [item for item in ours if item in common] == [item for item in theirs if item in common]
+    assert len(common) > 0.9 * len(theirs)
+
+
+def test_a_run_names_its_framework(models):
+    for (script, _), path in models.items():
+        _, metadata = ppo_torch.load_arrays(path)
+        assert metadata["config"]["exp_name"] == script
+        assert json.loads((path.parent / "config.json").read_text())["exp_name"] == script

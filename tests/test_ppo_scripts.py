@@ -1,0 +1,210 @@
+"""What every PPO script promises of its clock, record, resumption and training, checked in each backend.
+
+The plumbing is the same text in all three (tests/test_twins.py) and is tested at length with ppo_torch.py; here is what
+depends on how a framework computes: fences, compilation, saved state, random numbers.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import ppo_jax
+import ppo_mlx
+import pytest
+
+import ppo_torch
+from tests.test_ppo_torch import PHASES, inspect, timing_rows
+from tests.test_reliability import ROOT, Process, checkpoints, step_of, tensors, wait_for
+
+OTHERS = [ppo_mlx, ppo_jax]
+each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
+each = pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=lambda module: module.__name__)
+SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync", "learning_rate": 1e-3}
+
+
+def known(module: ModuleType, name: str, kwargs: dict | None = None, **flags):
+    return module.Config(env_id=f"tests.environments:{name}-v0", env_kwargs=json.dumps(kwargs or {}), **SMALL | flags)
+
+
+def model_after(module: ModuleType, directory: Path, **flags) -> dict[str, np.ndarray]:
+    flags = {"total_timesteps": 3 * 64, "eval_episodes": 0, "wandb_mode": "disabled", **SMALL} | flags
+    module.train(module.Config(run_dir=str(directory), **flags))
+    return module.load_arrays(directory / "model.safetensors")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- timing
+
+
+def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: int = 1) -> list[dict[str, float]]:
+    """Seconds per phase of iterations that run phase by phase, after one that warms up; `heavy`: a function that is
+    computed, to its end, so many times instead of once."""
+    found = []
+    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
+        stopwatch = module.new_stopwatch(learner, config)
+        module.warm_up(learner, envs, config, stopwatch)
+        if heavy:
+            function = envs.step if heavy == "step" else getattr(module, heavy)
+            light = stopwatch.compiled.get(function, function)
+
+            def repeated(*arguments):
+                for _ in range(times - 1):
+                    stopwatch.fence(light(*arguments))
+                return light(*arguments)
+
+            stopwatch.compiled[function] = repeated
+        for _ in range(number + 1):
+            rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+            learner, _, _ = module.update(learner, rollout, config, rng, stopwatch.timed)
+            found.append(stopwatch.lap())
+    return found[1:]
+
+
+@each
+def test_a_sleeping_environment_shows_in_step_alone(module):
+    found = laps(module, known(module, "Sleeper", num_envs=2))
+    for lap in found:
+        assert lap.keys() == PHASES | {"iteration"}
+        assert lap["step"] > 2 * 16 * 0.005
+    assert min(lap["iteration"] - lap["step"] for lap in found) < 0.5 * 2 * 16 * 0.005  # if half of it slept elsewhere
+
+
+FUNCTIONS = {
+    "forward": "act",
+    "step": "step",
+    "gae": "make_batch",
+    "loss": "loss_and_gradient",
+    "kl": "kl_and_clip_fraction",
+}
+
+
+@pytest.mark.parametrize("phase", FUNCTIONS)
+@each
+def test_a_heavier_phase_shows_in_its_own_key(module, phase):
+    """300 times the work gives 20 times the seconds or more, and the iteration grows by little else."""
+    config = known(module, "Counter", num_minibatches=2, update_epochs=1)
+    light, heavy = (laps(module, config, 4, FUNCTIONS[phase], times) for times in (1, 300))
+    light, heavy = ({key: min(lap[key] for lap in found) for key in found[0]} for found in (light, heavy))
+    growth = {key: heavy[key] - light[key] for key in heavy}
+    assert growth[phase] > 0.5 * growth["iteration"], growth
+    assert heavy[phase] > 20 * light[phase]
+
+
+@pytest.mark.parametrize("timing_interval", [1, 0])
+@each_other
+def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path, monkeypatch):
+    config = module.Config(
+        total_timesteps=30 * 512,
+        timing_interval=timing_interval,
+        eval_interval=4096,
+        vectorization="sync",
+        run_dir=str(tmp_path / "run"),
+    )
+    clock, iterations, conclude = [], module.Run.iterations, module.Run.conclude
+
+    def watched_iterations(self):
+        for iteration in iterations(self):
+            clock.append(time.perf_counter())
+            yield iteration
+
+    def watched_conclude(self, *arguments):
+        returns = conclude(self, *arguments)
+        clock.append(time.perf_counter())
+        return returns
+
+    monkeypatch.setattr(module.Run, "iterations", watched_iterations)
+    monkeypatch.setattr(module.Run, "conclude", watched_conclude)
+    module.train(config)
+    recorded_config, rows = inspect(tmp_path / "run")
+    covered = timing_rows(rows)
+    inside = sum(row["times/iteration"] * number for row, number in covered)
+    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
+    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
+    assert all(row["times/other"] >= 0 for row, _ in covered)
+    timed = [row for row, _ in covered if "times/loss" in row]
+    assert len(timed) == 30 * timing_interval
+    if timed:
+        assert np.median([row["times/other"] / row["times/iteration"] for row in timed]) < 0.1
+        assert {"times/loss/forward", "times/loss/policy", "times/loss/value"} <= timed[0].keys()
+    assert recorded_config["framework"] == module.FRAMEWORK
+    assert module.FRAMEWORK in recorded_config["versions"]
+
+
+# ---------------------------------------------------------------------------------------------------- same, and again
+
+
+@each_other
+def test_timing_leaves_the_weights_alone(module, tmp_path):
+    """To 1e-5 over three iterations where compiled code sums in another order; MLX compiles nothing by default."""
+    fused, timed = (model_after(module, tmp_path / str(k), timing_interval=k) for k in (0, 1))
+    untrained = model_after(module, tmp_path / "untrained", total_timesteps=0)
+    for name in fused:
+        np.testing.assert_allclose(timed[name], fused[name], rtol=0, atol=0 if module is ppo_mlx else 1e-5)
+        assert np.abs(fused[name] - untrained[name]).max() > 1e-4, name
+
+
+@each_other
+def test_a_seed_decides_everything(module, tmp_path):
+    first, again = (model_after(module, tmp_path / str(k)) for k in (0, 1))
+    other = model_after(module, tmp_path / "other", seed=2)
+    for name in first:
+        assert np.array_equal(first[name], again[name]), name
+        assert not np.array_equal(first[name], other[name]), name
+
+
+FLAGS = ["--num-envs", "2", "--num-steps", "16", "--eval-episodes", "1", "--vectorization", "sync", "--norm-obs"]
+
+
+@each_other
+def test_killed_and_resumed(module, tmp_path):
+    """kill -9 after a checkpoint; the resumed run ends with the very bytes of one that was not killed."""
+    flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "160"]
+    script = ROOT / f"{module.__name__}.py"
+    whole = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "whole", script=script)
+    assert whole.end().code == 0
+    process = Process(tmp_path / "two", *flags, "--run-dir", tmp_path / "killed", script=script)
+    wait_for(lambda: len(checkpoints(tmp_path / "killed")) == 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    assert not (tmp_path / "killed/model.safetensors").exists()
+    resumed = Process(tmp_path / "three", "--resume", tmp_path / "killed", script=script)
+    outcome = resumed.end()
+    assert outcome.code == 0 and outcome.err == []
+    assert tensors(tmp_path / "killed/model.safetensors") == tensors(tmp_path / "whole/model.safetensors")
+
+
+@each_other
+def test_a_signal_ends_the_run_and_leaves_a_checkpoint(module, tmp_path):
+    flags = [*FLAGS, "--total-timesteps", "10000000", "--checkpoint-interval", "0"]
+    process = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "run", script=ROOT / f"{module.__name__}.py")
+    wait_for(lambda: process.err.read_text().count("step/s") > 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    outcome = process.end()
+    assert outcome.code == 143 and len(outcome.err) == 1 and "--resume" in outcome.err[0]
+    assert step_of(checkpoints(tmp_path / "run")[0]) > 0
+    wait_for(lambda: not process.children())
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@each_other
+def test_cartpole_is_learnt(module, tmp_path):
+    config = module.Config(total_timesteps=65536, vectorization="sync", run_dir=str(tmp_path / "run"))
+    result = module.train(dataclasses.replace(config, wandb_mode="disabled"))
+    assert np.mean(result.evaluation_returns) > 300
+
+
+@each_other
+def test_a_device_that_is_not_there(module):
+    device = "gpu"
+    config = module.Config(device=device, total_timesteps=0, vectorization="sync", wandb_mode="disabled")
+    with pytest.raises(module.BadInput, match=f"--device {device} is not there"):
+        module.train(config)
