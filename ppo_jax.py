@@ -161,10 +161,8 @@ class Agent(struct.PyTreeNode):
     exp(log_std) does not depend on the state (log_std is None for discrete actions).
     """
 
-    params: dict  # of encoder, actor and critic under these names, and log_std; all that a gradient has
-    nvec: tuple[int, ...] = struct.field(
-        pytree_node=False
-    )  # choices of each discrete action dimension; () for continuous
+    params: dict  # of encoder, actor and critic under these names, and log_std
+    nvec: tuple[int, ...] = struct.field(pytree_node=False)  # choices of each discrete dimension; () for continuous
     encoder: nn.Module | None = struct.field(pytree_node=False)
     actor: nn.Module = struct.field(pytree_node=False)
     critic: nn.Module = struct.field(pytree_node=False)
@@ -172,18 +170,17 @@ class Agent(struct.PyTreeNode):
     @classmethod
     def create(cls, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
         is_image = len(observation_shape) == 3
-        sizes = () if is_image else config.hidden_sizes
-        actor, critic = MLP((*sizes, sum(nvec) or action_dim), gain=0.01), MLP((*sizes, 1), gain=1.0)
-        networks = {"encoder": NatureCNN()} if is_image else {}
-        networks |= {"actor": actor, "critic": critic}
-        x, params = jnp.zeros((1, *observation_shape)), {} if nvec else {"log_std": jnp.zeros(action_dim)}
-        for (name, network), key in zip(
-            networks.items(), jax.random.split(jax.random.key(config.seed), len(networks)), strict=True
-        ):
-            x_out, variables = jax.jit(network.init_with_output)(key, x)
-            params[name] = variables["params"]
-            x = x_out if name == "encoder" else x
-        return cls(params, nvec, networks.get("encoder"), actor, critic)
+        sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
+        encoder = NatureCNN() if is_image else None
+        actor = MLP((*sizes, sum(nvec) or action_dim), gain=0.01)
+        critic = MLP((*sizes, 1), gain=1.0)
+        inputs = {"encoder": (encoder, observation_shape), "actor": (actor, features), "critic": (critic, features)}
+        params = {} if nvec else {"log_std": jnp.zeros(action_dim)}
+        keys = jax.random.split(jax.random.key(config.seed), len(inputs))
+        for key, (name, (network, shape)) in zip(keys, inputs.items(), strict=True):
+            if network:
+                params[name] = jax.jit(network.init)(key, jnp.zeros((1, *shape)))["params"]
+        return cls(params, nvec, encoder, actor, critic)
 
     @property
     def log_std(self) -> Tensor | None:
@@ -571,15 +568,12 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
     compiled = {
         make_batch: lambda agent, rollout, config: whole_batch(agent, padded(rollout), config),
         update_epoch: compiled_epoch,
+        loss_and_gradient: jax.jit(loss_and_gradient, static_argnames="config"),
+        apply_gradient: jax.jit(apply_gradient, static_argnames="config"),
         log_probs_and_entropies: jax.jit(log_probs_and_entropies, static_argnames="nvec"),
     }
-    compiled |= {
-        function: jax.jit(function, static_argnames="config") for function in (loss_and_gradient, apply_gradient)
-    }
-    compiled |= {
-        function: jax.jit(function) for function in (kl_and_clip_fraction, policy_loss, value_loss, Agent.__call__)
-    }
-    return Stopwatch(jax.block_until_ready, compiled)
+    others = kl_and_clip_fraction, policy_loss, value_loss, Agent.__call__
+    return Stopwatch(jax.block_until_ready, compiled | {function: jax.jit(function) for function in others})
 
 
 def with_learning_rate(learner: Learner, rate: float) -> Learner:
@@ -587,9 +581,9 @@ def with_learning_rate(learner: Learner, rate: float) -> Learner:
 
 
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
-    """Compiles what is to be compiled, by an update of either form on a rollout of zeros; the weights stay as they are.
+    """Compiles what is to be compiled, by an update in either form on a rollout of zeros; the weights stay as they are.
 
-    Each has another number of final observations, of which `padded` leaves two.
+    One rollout has no final observation and the other has one: `make_batch` is compiled for both.
     """
     if config.eval_episodes:
         act(learner.agent, np.zeros((config.eval_episodes, *envs.observation_shape), envs.observation_dtype))
@@ -599,11 +593,11 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     actions = np.array([act(learner.agent, observations[0])] * config.num_steps)
     rewards = np.zeros(actions.shape[:2], np.float32)
     rollout = Rollout(observations, actions, rewards, rewards > 0, rewards > 0, observations[0, :0])
-    update(learner, rollout, config, np.random.default_rng(), stopwatch.fused)
+    update(learner, rollout, config, np.random.default_rng(0), stopwatch.fused)
     truncated = np.arange(rewards.size).reshape(rewards.shape) == 0
     rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
-    _, batch, _ = update(learner, rollout, config, np.random.default_rng(), unread.timed)
+    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
     probe_loss(learner.agent, batch, config, unread)
 
 

@@ -118,7 +118,7 @@ class Config:
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu for images where there is one, else cpu
-    compile: bool = False  # mx.compile the loss with its gradient (on a CPU it needs g++)
+    compile: bool = True  # mx.compile the loss with its gradient (on Linux needs g++)
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
@@ -165,12 +165,15 @@ class Agent(nn.Module):
         self.encoder = NatureCNN(observation_shape) if is_image else None
         self.actor = MLP(*sizes, sum(nvec) or action_dim, gain=0.01)
         self.critic = MLP(*sizes, 1, gain=1.0)
+        self.critic_stream = mx.new_stream(mx.default_device())
         self.log_std = None if nvec else mx.zeros(action_dim)
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """(B, *O) -> logits (B, sum(nvec)) or means (B, A), values (B,)"""
         features = self.encode(observations)
-        return self.actor(features), self.critic(features).squeeze(-1)
+        with mx.stream(self.critic_stream):  # beside the actor, on another core
+            values = self.critic(features).squeeze(-1)
+        return self.actor(features), values
 
     def encode(self, observations: Tensor) -> Tensor:
         return self.encoder(observations) if self.encoder else observations
