@@ -432,7 +432,9 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         learner, losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
         return learner, (losses, log_ratio)
 
-    learner, (losses, log_ratios) = scan(step, learner, minibatches(batch, permutation, config))
+    learner, (losses, log_ratios) = scan(
+        step, learner, minibatches(batch, permutation, config), unroll=bool(learner.agent.encoder)
+    )
     kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
     return learner, on_host(kl | means(losses))
 
@@ -633,10 +635,13 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:])
 
 
-def scan(step: Callable, carry: object, inputs: list) -> tuple[object, object]:
-    """jax.lax.scan where JAX traces the whole, and else the same as a loop, whose steps are calls that can be timed."""
+def scan(step: Callable, carry: object, inputs: list, unroll: bool) -> tuple[object, object]:
+    """jax.lax.scan where JAX traces the whole, and else the same as a loop, whose steps are calls that can be timed.
+
+    A CNN wants it unrolled: in a loop of its own, XLA's convolutions on CPU take 14 times as long.
+    """
     if isinstance(jax.tree.leaves(inputs)[0], jax.core.Tracer):
-        return jax.lax.scan(step, carry, stacked(inputs))
+        return jax.lax.scan(step, carry, stacked(inputs), unroll=unroll)
     outputs = []
     for x in jax.block_until_ready(inputs):  # else the first step would wait for it
         carry, output = step(carry, x)
@@ -928,7 +933,7 @@ class Stopwatch:
 
     def lap(self) -> dict[str, float]:
         """Seconds of each phase since the last lap, of the whole `iteration`, and of its `other` rest."""
-        now, seconds = time.perf_counter(), dict(self.seconds)
+        now, seconds = time.perf_counter(), {"record": 0.0} | self.seconds
         inside = sum(value for phase, value in seconds.items() if phase not in OUTSIDE and "/" not in phase)
         seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
         seconds["other"] = seconds["iteration"] - inside
@@ -1048,24 +1053,26 @@ class Run:
         is_last = self.iteration == self.config.num_iterations
         if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
             return
-        media = {}
-        if is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100:
-            _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
-            samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
-            # float32 in float64: np.histogram refuses values that differ by a rounding error alone
-            samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
-            media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
-            if rollout.observations.dtype == np.uint8:
-                media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
-            self.histograms_at, self.episodes = self.iteration, []
-        self.send_row(media)
+        is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
+        self.stopwatch.timed("record", self.send_row, partial(self.media, rollout, histograms) if is_due else dict)
+
+    def media(self, rollout: Rollout, histograms: Callable[[], dict]) -> dict:
+        _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
+        samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
+        # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+        samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
+        media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
+        if rollout.observations.dtype == np.uint8:
+            media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
+        self.histograms_at, self.episodes = self.iteration, []
+        return media
 
     def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():
             if math.isfinite(value):  # the explained variance of constant returns is not
                 self.row[key].append(value)
 
-    def send_row(self, media: dict | None = None) -> None:
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
         totals = {f"times/{phase}" for phase in OUTSIDE}
@@ -1078,7 +1085,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.row.clear()
         try:
-            self.log(row | (media or {}) | {"global_step": self.global_step})
+            self.log(row | media() | {"global_step": self.global_step})
         except Exception as error:  # a broken record must not end the training
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
             self.log = lambda row: None
@@ -1095,7 +1102,7 @@ class Run:
         """Keeps this checkpoint and the one before it."""
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        self.send_row()  # rows end where a resumed run may begin
+        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
         progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"

@@ -830,7 +830,7 @@ class Stopwatch:
 
     def lap(self) -> dict[str, float]:
         """Seconds of each phase since the last lap, of the whole `iteration`, and of its `other` rest."""
-        now, seconds = time.perf_counter(), dict(self.seconds)
+        now, seconds = time.perf_counter(), {"record": 0.0} | self.seconds
         inside = sum(value for phase, value in seconds.items() if phase not in OUTSIDE and "/" not in phase)
         seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
         seconds["other"] = seconds["iteration"] - inside
@@ -950,24 +950,26 @@ class Run:
         is_last = self.iteration == self.config.num_iterations
         if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
             return
-        media = {}
-        if is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100:
-            _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
-            samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
-            # float32 in float64: np.histogram refuses values that differ by a rounding error alone
-            samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
-            media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
-            if rollout.observations.dtype == np.uint8:
-                media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
-            self.histograms_at, self.episodes = self.iteration, []
-        self.send_row(media)
+        is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
+        self.stopwatch.timed("record", self.send_row, partial(self.media, rollout, histograms) if is_due else dict)
+
+    def media(self, rollout: Rollout, histograms: Callable[[], dict]) -> dict:
+        _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
+        samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
+        # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+        samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
+        media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
+        if rollout.observations.dtype == np.uint8:
+            media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
+        self.histograms_at, self.episodes = self.iteration, []
+        return media
 
     def add(self, values: dict[str, float]) -> None:
         for key, value in values.items():
             if math.isfinite(value):  # the explained variance of constant returns is not
                 self.row[key].append(value)
 
-    def send_row(self, media: dict | None = None) -> None:
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
         totals = {f"times/{phase}" for phase in OUTSIDE}
@@ -980,7 +982,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.row.clear()
         try:
-            self.log(row | (media or {}) | {"global_step": self.global_step})
+            self.log(row | media() | {"global_step": self.global_step})
         except Exception as error:  # a broken record must not end the training
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
             self.log = lambda row: None
@@ -997,7 +999,7 @@ class Run:
         """Keeps this checkpoint and the one before it."""
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        self.send_row()  # rows end where a resumed run may begin
+        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
         progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"

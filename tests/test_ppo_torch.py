@@ -866,7 +866,7 @@ def fastest(found: list[dict[str, float]]) -> dict[str, float]:
     return {phase: min(lap[phase] for lap in found) for phase in found[0]}
 
 
-PHASES = {"forward", "step", "gae", "loss", "kl", "weight_update", "other"}
+PHASES = {"forward", "step", "gae", "loss", "kl", "weight_update", "record", "other"}
 
 
 def test_a_sleeping_environment_shows_in_step_alone():
@@ -1021,7 +1021,7 @@ def test_rows(recorded, name):
         assert row["charts/SPS"] == pytest.approx(config.batch_size / row["times/iteration"])
         is_timed = total % config.timing_interval == 0
         assert number == 1
-        phases = PHASES if is_timed else {"forward", "step", "update", "other"}
+        phases = PHASES if is_timed else {"forward", "step", "update", "record", "other"}
         parts = {"loss/forward", "loss/policy", "loss/value"} if is_timed else set()
         keys = {key for key in row if key.startswith("times/")}
         outside = {"times/compile", "times/evaluation", "times/checkpoint", "times/probe"}
