@@ -432,11 +432,9 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         learner, losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
         return learner, (losses, log_ratio)
 
-    learner, (losses, log_ratios) = scan(
-        step, learner, minibatches(batch, permutation, config), unroll=bool(learner.agent.encoder)
-    )
+    learner, losses, log_ratios = each_minibatch(step, learner, minibatches(batch, permutation, config))
     kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
-    return learner, on_host(kl | means(losses))
+    return learner, on_host(kl | losses)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -635,28 +633,31 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:])
 
 
-def scan(step: Callable, carry: object, inputs: list, unroll: bool) -> tuple[object, object]:
-    """jax.lax.scan where JAX traces the whole, and else the same as a loop, whose steps are calls that can be timed.
-
-    A CNN wants it unrolled: in a loop of its own, XLA's convolutions on CPU take 14 times as long.
-    """
-    if isinstance(jax.tree.leaves(inputs)[0], jax.core.Tracer):
-        return jax.lax.scan(step, carry, stacked(inputs), unroll=unroll)
+def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tuple[Learner, dict[str, Tensor], Tensor]:
+    """-> learner, mean losses, log-ratios (M, B / M). jax.lax.scan where JAX traces the whole epoch, and else the same
+    as a loop, whose steps are calls that can be timed."""
+    first = parts[0].values
+    if isinstance(first, jax.core.Tracer):
+        unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
+        learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
+        return learner, *averaged(outputs)
+    first.block_until_ready()  # the call that made all of them is over; else the first step would wait for it
     outputs = []
-    for x in jax.block_until_ready(inputs):  # else the first step would wait for it
-        carry, output = step(carry, x)
+    for part in parts:
+        learner, output = step(learner, part)
         outputs.append(output)
-    return carry, stacked(outputs)
+    return learner, *averaged(outputs)
 
 
 @jax.jit
+def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, B / M)"""
+    losses, log_ratios = stacked(outputs) if isinstance(outputs, list) else outputs
+    return {name: x.mean() for name, x in losses.items()}, log_ratios
+
+
 def stacked(trees: list) -> object:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
-@jax.jit
-def means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.mean() for name, x in losses.items()}
 
 
 def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:

@@ -32,8 +32,7 @@ def doubled(module: ModuleType, learner):
 
 
 def first_minibatch(module: ModuleType, batch, permutation: np.ndarray, config):
-    found = module.minibatches(batch, permutation, config)
-    return jax.tree.map(lambda x: x[0], found) if module.FRAMEWORK == "jax" else next(iter(found))
+    return next(iter(module.minibatches(batch, permutation, config)))
 
 
 def named(module: ModuleType, learner, gradient) -> dict[str, np.ndarray]:
