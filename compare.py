@@ -73,6 +73,7 @@ PHASE_COLOURS = {
     "kl": "#DDCC77",
     "weight_update": "#882255",
     "target_update": "#AA4499",
+    "record": "#6F4E37",
     "other": "#BBBBBB",
 }
 TITLES = {
@@ -81,6 +82,7 @@ TITLES = {
     "times/gae": "GAE",
     "times/loss": "loss and gradient",
     "times/kl": "KL",
+    "times/record": "recording",
     "times/loss/forward": "network within loss",
     "times/loss/policy": "policy loss",
     "times/loss/value": "value loss",

@@ -8,6 +8,7 @@ import jax
 import mlx.core as mx
 import numpy as np
 import torch
+from jax.flatten_util import ravel_pytree
 
 
 @contextlib.contextmanager
@@ -38,7 +39,8 @@ def first_minibatch(module: ModuleType, batch, permutation: np.ndarray, config):
 def named(module: ModuleType, learner, gradient) -> dict[str, np.ndarray]:
     """A gradient by torch's names and in its layouts; the learner's own weights may be lost."""
     if module.FRAMEWORK == "jax":
-        learner = learner._replace(agent=gradient)
+        _, to_agent = ravel_pytree(learner.agent)
+        learner = learner._replace(agent=to_agent(gradient))
     elif module.FRAMEWORK == "mlx":
         module.vector_to_parameters(gradient, learner.agent)
     else:
