@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +18,7 @@ import pytest
 import ppo_jax
 import ppo_mlx
 import ppo_torch
-from tests.test_ppo_torch import PHASES, inspect, timing_rows
+from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
 from tests.test_reliability import ROOT, Process, checkpoints, step_of, tensors, wait_for
 
 OTHERS = [ppo_mlx, ppo_jax]
@@ -109,20 +108,7 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
         vectorization="sync",
         run_dir=str(tmp_path / "run"),
     )
-    clock, iterations, conclude = [], module.Run.iterations, module.Run.conclude
-
-    def watched_iterations(self):
-        for iteration in iterations(self):
-            clock.append(time.perf_counter())
-            yield iteration
-
-    def watched_conclude(self, *arguments):
-        returns = conclude(self, *arguments)
-        clock.append(time.perf_counter())
-        return returns
-
-    monkeypatch.setattr(module.Run, "iterations", watched_iterations)
-    monkeypatch.setattr(module.Run, "conclude", watched_conclude)
+    clock = watched_clock(module, monkeypatch)
     module.train(config)
     recorded_config, rows = inspect(tmp_path / "run")
     covered = timing_rows(rows)

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium as gym
 import numpy as np
@@ -928,17 +929,9 @@ def timing_rows(rows: list[dict]) -> list[tuple[dict[str, float], int]]:
     return list(zip(rows, np.diff([0, *ends]).tolist(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config(total_timesteps=40 * 2048, num_steps=512, timing_interval=1, vectorization="sync"),
-        Config(total_timesteps=20 * 512, timing_interval=0, vectorization="sync", eval_interval=2048),
-        known("Counter", 2, 8, total_timesteps=100 * 16, timing_interval=7, eval_interval=16, eval_episodes=1),
-    ],
-    ids=["timed", "fused", "short iterations"],
-)
-def test_the_record_adds_up_to_the_wall_clock(tmp_path, monkeypatch, config):
-    clock, iterations, conclude = [], ppo_torch.Run.iterations, ppo_torch.Run.conclude
+def watched_clock(module: ModuleType, monkeypatch) -> list[float]:
+    """Times at which the iterations of the next run begin and at which it has concluded, by a clock of its own."""
+    clock, iterations, conclude = [], module.Run.iterations, module.Run.conclude
 
     def watched_iterations(self):
         for iteration in iterations(self):
@@ -950,8 +943,22 @@ def test_the_record_adds_up_to_the_wall_clock(tmp_path, monkeypatch, config):
         clock.append(time.perf_counter())
         return returns
 
-    monkeypatch.setattr(ppo_torch.Run, "iterations", watched_iterations)
-    monkeypatch.setattr(ppo_torch.Run, "conclude", watched_conclude)
+    monkeypatch.setattr(module.Run, "iterations", watched_iterations)
+    monkeypatch.setattr(module.Run, "conclude", watched_conclude)
+    return clock
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(total_timesteps=40 * 2048, num_steps=512, timing_interval=1, vectorization="sync"),
+        Config(total_timesteps=20 * 512, timing_interval=0, vectorization="sync", eval_interval=2048),
+        known("Counter", 2, 8, total_timesteps=100 * 16, timing_interval=7, eval_interval=16, eval_episodes=1),
+    ],
+    ids=["timed", "fused", "short iterations"],
+)
+def test_the_record_adds_up_to_the_wall_clock(tmp_path, monkeypatch, config):
+    clock = watched_clock(ppo_torch, monkeypatch)
     train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
     _, rows = inspect(tmp_path / "run")
     covered = timing_rows(rows)
