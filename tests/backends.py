@@ -46,3 +46,12 @@ def named(module: ModuleType, learner, gradient) -> dict[str, np.ndarray]:
     else:
         torch.nn.utils.vector_to_parameters(gradient, learner.agent.parameters())
     return {name: x for name, x in module.to_numpy(learner).items() if not name.startswith("optimizer.")}
+
+
+def unfinished_zero(module: ModuleType):
+    """0 as a scalar of the framework that takes many milliseconds to compute, and little time to ask for."""
+    library = {"torch": torch, "jax": jax.numpy, "mlx": mx}[module.FRAMEWORK]
+    matrix = library.ones((400, 400)) / 400
+    for _ in range(30):
+        matrix = matrix @ matrix
+    return 0 * matrix.sum()

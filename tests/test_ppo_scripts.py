@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import pytest
 import ppo_jax
 import ppo_mlx
 import ppo_torch
+from tests.backends import unfinished_zero
 from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
 from tests.test_reliability import ROOT, Process, checkpoints, step_of, tensors, wait_for
 
@@ -95,6 +97,33 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase):
     growth = {key: heavy[key] - light[key] for key in heavy}
     assert growth[phase] > 0.5 * growth["iteration"], growth
     assert heavy[phase] > 20 * light[phase]
+
+
+@each
+def test_a_phase_ends_when_its_result_is_there(module):
+    """The gradient is asked for at once and computed late: all of that is the loss, nothing of it is left for later."""
+    config = known(module, "Counter", num_minibatches=1, update_epochs=1)
+    np.asarray(unfinished_zero(module))  # compiled
+    start = time.perf_counter()
+    np.asarray(unfinished_zero(module))
+    seconds = time.perf_counter() - start
+    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
+        stopwatch = module.new_stopwatch(learner, config)
+        module.warm_up(learner, envs, config, stopwatch)
+        quick = stopwatch.compiled.get(module.loss_and_gradient, module.loss_and_gradient)
+
+        def slow(*arguments):
+            gradient, losses, log_ratio = quick(*arguments)
+            return gradient + unfinished_zero(module), losses, log_ratio
+
+        stopwatch.compiled[module.loss_and_gradient] = slow
+        rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+        stopwatch.lap()
+        module.update(learner, rollout, config, rng, stopwatch.timed)
+        lap = stopwatch.lap()
+    assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
 
 
 @pytest.mark.parametrize("timing_interval", [1, 0])
