@@ -69,6 +69,7 @@ PHASE_COLOURS = {
     "step": "#332288",
     "sample": "#44AA99",
     "gae": "#117733",
+    "shuffle": "#4477AA",
     "loss": "#CC6677",
     "kl": "#DDCC77",
     "weight_update": "#882255",

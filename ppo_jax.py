@@ -161,7 +161,8 @@ class Agent(struct.PyTreeNode):
     exp(log_std) does not depend on the state (log_std is None for discrete actions).
     """
 
-    params: dict  # of encoder, actor and critic under these names, and log_std
+    weights: Tensor  # of all networks in one vector: a call costs by the array
+    to_params: Callable[[Tensor], dict] = struct.field(pytree_node=False)
     nvec: tuple[int, ...] = struct.field(pytree_node=False)  # choices of each discrete dimension; () for continuous
     encoder: nn.Module | None = struct.field(pytree_node=False)
     actor: nn.Module = struct.field(pytree_node=False)
@@ -175,20 +176,22 @@ class Agent(struct.PyTreeNode):
         actor = MLP((*sizes, sum(nvec) or action_dim), gain=0.01)
         critic = MLP((*sizes, 1), gain=1.0)
         inputs = {"encoder": (encoder, observation_shape), "actor": (actor, features), "critic": (critic, features)}
-        params = {} if nvec else {"log_std": jnp.zeros(action_dim)}
+        params = {} if nvec else {"log_std": jnp.zeros(action_dim, jnp.float32)}
         keys = jax.random.split(jax.random.key(config.seed), len(inputs))
         for key, (name, (network, shape)) in zip(keys, inputs.items(), strict=True):
             if network:
                 params[name] = jax.jit(network.init)(key, jnp.zeros((1, *shape)))["params"]
-        return cls(params, nvec, encoder, actor, critic)
+        return cls(*ravel_pytree(params), nvec, encoder, actor, critic)
 
     @property
+    def params(self) -> dict:
+        """Of encoder, actor and critic under these names, and log_std"""
+        return self.to_params(self.weights)
+
+    @property
+    @jax.jit
     def log_std(self) -> Tensor | None:
         return self.params.get("log_std")
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.params["actor"]["0"]["kernel"].dtype
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """(B, *O) -> logits (B, sum(nvec)) or means (B, A), values (B,)"""
@@ -196,7 +199,7 @@ class Agent(struct.PyTreeNode):
         return self.apply("actor", features), self.apply("critic", features).squeeze(-1)
 
     def encode(self, observations: Tensor) -> Tensor:
-        return self.apply("encoder", observations.astype(self.dtype)) if self.encoder else observations
+        return self.apply("encoder", observations.astype(self.weights.dtype)) if self.encoder else observations
 
     def apply(self, network: str, x: Tensor) -> Tensor:
         return getattr(self, network).apply({"params": self.params[network]}, x)
@@ -269,7 +272,7 @@ class Learner(NamedTuple):
     """What an update changes."""
 
     agent: Agent
-    optimizer: optax.OptState  # moments of all weights in one vector: a call costs by the array
+    optimizer: optax.OptState  # moments in the order of `agent.weights`
     learning_rate: Tensor  # (), an array, so that a new rate compiles nothing
 
 
@@ -350,6 +353,12 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
+def explained_variance(batch: Batch) -> Tensor:
+    """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
+    return 1 - batch.advantages.var() / batch.returns.var()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
 def annealed_learning_rate(iteration: int, config: Config) -> float:
     """From --learning-rate at the first update to --final-learning-rate one update after the last."""
     progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
@@ -375,7 +384,7 @@ def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[T
         return loss, (losses, log_ratio)
 
     gradient, (losses, log_ratio) = jax.grad(loss_of, has_aux=True)(agent)
-    return ravel_pytree(gradient)[0], losses, log_ratio
+    return gradient.weights, losses, log_ratio
 
 
 def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[Learner, Tensor]:
@@ -384,8 +393,8 @@ def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[
     gradient *= (config.max_grad_norm / (norm + 1e-6)).clip(max=1)
     adam = optax.adam(learner.learning_rate, eps=config.adam_eps)
     changes, optimizer = adam.update(gradient, learner.optimizer)
-    weights, to_agent = ravel_pytree(learner.agent)
-    return learner._replace(agent=to_agent(weights + changes), optimizer=optimizer), norm
+    agent = learner.agent.replace(weights=learner.agent.weights + changes)
+    return learner._replace(agent=agent, optimizer=optimizer), norm
 
 
 def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
@@ -405,7 +414,6 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     return Batch(observations, actions, log_probs, values, advantages, returns=advantages + values)
 
 
-@partial(jax.jit, static_argnames="config")
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Batch]:
     """One epoch: each sample once, in the order given; advantages are normalised within each minibatch."""
     parts = permutation.reshape(config.num_minibatches, -1)
@@ -432,7 +440,8 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         learner, losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
         return learner, (losses, log_ratio)
 
-    learner, losses, log_ratios = each_minibatch(step, learner, minibatches(batch, permutation, config))
+    parts = timed("shuffle", minibatches, batch, permutation, config)
+    learner, losses, log_ratios = each_minibatch(step, learner, parts)
     kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
     return learner, on_host(kl | losses)
 
@@ -451,7 +460,7 @@ def update(
         if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
             break
     metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
-    metrics["losses/explained_variance"] = float(1 - batch.advantages.var() / batch.returns.var())
+    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
     return learner, batch, metrics
 
 
@@ -540,6 +549,7 @@ def train(config: Config) -> Result:
 
 
 def new_learner(envs: "Environments", config: Config) -> Learner:
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # handing 20 µs of work to a thread costs 20 µs more
     available = {}
     for platform_name in ("gpu", "tpu", "cpu"):
         with contextlib.suppress(RuntimeError):
@@ -548,12 +558,12 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
         raise BadInput(f"--device {config.device} is not there; this machine has {' and '.join(available)}")
     jax.config.update("jax_default_device", available.get(config.device))  # None: JAX chooses
     agent = Agent.create(envs.observation_shape, envs.nvec, envs.action_dim, config)
-    optimizer = optax.adam(config.learning_rate, eps=config.adam_eps).init(ravel_pytree(agent)[0])
+    optimizer = optax.adam(config.learning_rate, eps=config.adam_eps).init(agent.weights)
     return with_learning_rate(Learner(agent, optimizer, config.learning_rate), config.learning_rate)
 
 
 def device_name(learner: Learner) -> str:
-    (device,) = jax.tree.leaves(learner.agent)[0].devices()
+    (device,) = learner.agent.weights.devices()
     return device.platform if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
 
 
@@ -568,16 +578,17 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
     compiled = {
         make_batch: lambda agent, rollout, config: whole_batch(agent, padded(rollout), config),
         update_epoch: compiled_epoch,
+        minibatches: jax.jit(minibatches, static_argnames="config"),
         loss_and_gradient: jax.jit(loss_and_gradient, static_argnames="config"),
         apply_gradient: jax.jit(apply_gradient, static_argnames="config"),
         log_probs_and_entropies: jax.jit(log_probs_and_entropies, static_argnames="nvec"),
     }
-    others = kl_and_clip_fraction, policy_loss, value_loss, Agent.__call__
+    others = kl_and_clip_fraction, explained_variance, policy_loss, value_loss, Agent.__call__
     return Stopwatch(jax.block_until_ready, compiled | {function: jax.jit(function) for function in others})
 
 
 def with_learning_rate(learner: Learner, rate: float) -> Learner:
-    return learner._replace(learning_rate=np.asarray(rate, learner.agent.dtype))
+    return learner._replace(learning_rate=np.asarray(rate, learner.agent.weights.dtype))
 
 
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
@@ -636,12 +647,10 @@ def flatten(x: Tensor) -> Tensor:
 def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tuple[Learner, dict[str, Tensor], Tensor]:
     """-> learner, mean losses, log-ratios (M, B / M). jax.lax.scan where JAX traces the whole epoch, and else the same
     as a loop, whose steps are calls that can be timed."""
-    first = parts[0].values
-    if isinstance(first, jax.core.Tracer):
+    if isinstance(parts[0].values, jax.core.Tracer):
         unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
         learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
         return learner, *averaged(outputs)
-    first.block_until_ready()  # the call that made all of them is over; else the first step would wait for it
     outputs = []
     for part in parts:
         learner, output = step(learner, part)
@@ -662,8 +671,8 @@ def stacked(trees: list) -> object:
 
 def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     """Floats and booleans take the dtype of the weights, integers keep theirs."""
-    tensors = [jnp.asarray(array) for array in arrays]
-    return [x.astype(agent.dtype) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x for x in tensors]
+    tensors, dtype = [jnp.asarray(array) for array in arrays], agent.weights.dtype
+    return [x.astype(dtype) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x for x in tensors]
 
 
 def to_histograms(batch: Batch) -> dict[str, np.ndarray]:
@@ -689,7 +698,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
         params[name] = jnp.array(x.transpose(order), weight.dtype)
     if "optimizer.count" in arrays:
         adam = type(adam)(*(jnp.array(arrays[f"optimizer.{name}"]) for name in adam._fields))
-    agent = learner.agent.replace(params=unflatten_dict(params, sep="."))
+    agent = learner.agent.replace(weights=ravel_pytree(unflatten_dict(params, sep="."))[0])
     return learner._replace(agent=agent, optimizer=(adam, rest))
 
 

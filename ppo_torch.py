@@ -324,6 +324,12 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
+def explained_variance(batch: Batch) -> Tensor:
+    """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
+    return 1 - batch.advantages.var() / batch.returns.var()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
 def annealed_learning_rate(iteration: int, config: Config) -> float:
     """From --learning-rate at the first update to --final-learning-rate one update after the last."""
     progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
@@ -373,7 +379,7 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     return Batch(observations, actions, log_probs, values, advantages, returns=advantages + values)
 
 
-def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> Iterator[Batch]:
+def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Batch]:
     """One epoch: each sample once, in the order given; advantages are normalised within each minibatch."""
     indices = torch.from_numpy(permutation).to(batch.values.device)
     shuffled = Batch(*(field[indices].unflatten(0, (config.num_minibatches, -1)) for field in batch))
@@ -381,7 +387,7 @@ def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> Iterat
         advantages = shuffled.advantages  # (M, B / M)
         deviations = advantages - advantages.mean(1, keepdim=True)
         shuffled = shuffled._replace(advantages=deviations / (advantages.std(1, keepdim=True) + 1e-8))
-    return map(Batch, *shuffled)
+    return list(map(Batch, *shuffled))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -395,7 +401,7 @@ def update_minibatch(learner: Learner, minibatch: Batch, config: Config, timed: 
 def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config: Config, timed: Callable):
     """-> learner, means over the minibatches of what the record calls losses/…"""
     losses, log_ratios = [], []
-    for minibatch in minibatches(batch, permutation, config):
+    for minibatch in timed("shuffle", minibatches, batch, permutation, config):
         learner, minibatch_losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
         losses.append(minibatch_losses)
         log_ratios.append(log_ratio)
@@ -417,7 +423,7 @@ def update(
         if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
             break
     metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
-    metrics["losses/explained_variance"] = float(1 - batch.advantages.var() / batch.returns.var())
+    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
     return learner, batch, metrics
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from jax.flatten_util import ravel_pytree
 
+jax.devices()  # JAX's CPU, asynchronous as JAX makes it: the script would have calls wait, which hides a missing fence
+
 
 @contextlib.contextmanager
 def double_precision(module: ModuleType) -> Iterator[None]:

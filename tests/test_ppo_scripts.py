@@ -81,6 +81,7 @@ FUNCTIONS = {
     "forward": "act",
     "step": "step",
     "gae": "make_batch",
+    "shuffle": "minibatches",
     "loss": "loss_and_gradient",
     "kl": "kl_and_clip_fraction",
 }

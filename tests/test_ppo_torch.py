@@ -867,7 +867,7 @@ def fastest(found: list[dict[str, float]]) -> dict[str, float]:
     return {phase: min(lap[phase] for lap in found) for phase in found[0]}
 
 
-PHASES = {"forward", "step", "gae", "loss", "kl", "weight_update", "record", "other"}
+PHASES = {"forward", "step", "gae", "shuffle", "loss", "kl", "weight_update", "record", "other"}
 
 
 def test_a_sleeping_environment_shows_in_step_alone():
