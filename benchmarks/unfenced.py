@@ -15,10 +15,11 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -35,16 +36,23 @@ class Config:
     output: Path = ROOT / "results" / "unfenced.csv"  # one row for a script, a phase and a way to clock it
 
 
+@contextlib.contextmanager
+def ready(module: ModuleType, config) -> Iterator[tuple]:
+    """Environments, learner, stopwatch and random numbers of a script, everything compiled."""
+    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner = module.new_learner(envs, config)
+        stopwatch = module.new_stopwatch(learner, config)
+        module.warm_up(learner, envs, config, stopwatch)
+        yield envs, learner, stopwatch, np.random.default_rng(1)
+
+
 def measure(script: str, iterations: int) -> dict[tuple[str, str], float]:
     """Milliseconds an iteration for (phase, "fenced" or "unfenced")."""
     module = importlib.import_module(script)
     config, laps = module.Config(vectorization="sync"), {"fenced": [], "unfenced": []}
-    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
-        envs.restart(0)
-        learner, rng = module.new_learner(envs, config), np.random.default_rng(1)
-        stopwatch = module.new_stopwatch(learner, config)
+    with ready(module, config) as (envs, learner, stopwatch, rng):
         fences: dict[str, Callable] = {"fenced": stopwatch.fence, "unfenced": lambda result: None}
-        module.warm_up(learner, envs, config, stopwatch)
         for _ in range(iterations + 5):
             for way, stopwatch.fence in fences.items():
                 rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
