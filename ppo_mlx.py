@@ -37,6 +37,7 @@ sampled; `environment_actions` clips it to its bounds for the environment alone.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib
 import io
@@ -104,7 +105,7 @@ class Config:
     num_minibatches: Count = 4  # M, minibatches of an epoch
     update_epochs: Count = 4  # K, passes over a rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    clip_coef: Positive = 0.2  # ε, how far the probability ratio may move from 1
+    clip_coef: Positive = 0.2  # ε: the probability ratio gains nothing beyond 1 ± ε
     clip_vloss: bool = True  # limit the value's change by --clip-coef too
     ent_coef: NonNegative = 0.01  # c₂, weight of the entropy bonus
     vf_coef: NonNegative = 0.5  # c₁, weight of the value loss
@@ -139,8 +140,12 @@ class Config:
         return self.num_envs * self.num_steps
 
     @property
+    def iteration_steps(self) -> int:
+        return self.batch_size
+
+    @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // self.batch_size
+        return self.total_timesteps // self.iteration_steps
 
     @property
     def checkpoint_every(self) -> int:
@@ -165,18 +170,19 @@ class Agent(nn.Module):
         self.encoder = NatureCNN(observation_shape) if is_image else None
         self.actor = MLP(*sizes, sum(nvec) or action_dim, gain=0.01)
         self.critic = MLP(*sizes, 1, gain=1.0)
-        self.critic_stream = mx.new_stream(mx.default_device())
+        is_beside = not is_image and mx.default_device().type == mx.cpu  # the critic beside the actor, on another core
+        self.critic_stream = (mx.new_stream if is_beside else mx.default_stream)(mx.default_device())
         self.log_std = None if nvec else mx.zeros(action_dim)
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """(B, *O) -> logits (B, sum(nvec)) or means (B, A), values (B,)"""
         features = self.encode(observations)
-        with mx.stream(self.critic_stream):  # beside the actor, on another core
+        with mx.stream(self.critic_stream):
             values = self.critic(features).squeeze(-1)
         return self.actor(features), values
 
     def encode(self, observations: Tensor) -> Tensor:
-        return self.encoder(observations) if self.encoder else observations
+        return observations if self.encoder is None else self.encoder(observations)
 
     @property
     def parameter_list(self) -> list[Tensor]:
@@ -344,8 +350,8 @@ def gae(
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
     decays = gamma * lam * (1 - done)
-    advantages, terms = deltas, 1  # of the sum over δ, in each advantage
-    while terms < len(deltas):  # log T rounds of few operations, for each operation costs more than its numbers
+    advantages, terms = deltas, 1  # Â_t as the sum of its first terms: Σ_l (γλ)^l δ_{t+l}, until `done`
+    while terms < len(deltas):  # each round doubles them: log T rounds, as an operation costs more than its numbers
         ahead = ((0, terms), (0, 0))
         advantages = advantages + decays * mx.pad(advantages[terms:], ahead)
         decays = decays * mx.pad(decays[terms:], ahead)
@@ -360,7 +366,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tens
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); with a clip_coef, V gains nothing by leaving V_old."""
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
     squared_errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + mx.clip(values - old_values, -clip_coef, clip_coef)
@@ -433,7 +439,7 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     observations, actions, rewards, terminated, truncated, final_observations = to_tensors(agent, *rollout)
     policy, values = agent(observations.flatten(0, 1))
     values = values.reshape(observations.shape[:2])  # (T + 1, N)
-    next_values = values[1:]
+    next_values = values[1:]  # in MLX a slice is an array of its own
     if len(final_observations):
         _, next_values[truncated.astype(mx.bool_)] = agent(final_observations)
     done = terminated + truncated
@@ -467,11 +473,15 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     losses, log_ratios = [], []
     for minibatch in timed("shuffle", minibatches, batch, permutation, config):
         learner, minibatch_losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
-        mx.async_eval(learner, minibatch_losses, log_ratio)  # a longer graph takes longer to run: 12 % for an epoch's
+        mx.async_eval(
+            learner, minibatch_losses, log_ratio
+        )  # runs while Python goes on; a whole epoch at once took 12 % longer
         losses.append(minibatch_losses)
         log_ratios.append(log_ratio)
     kl = timed("kl", kl_and_clip_fraction, mx.stack(log_ratios), config.clip_coef)
-    return learner, kl | {name: mx.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    metrics = kl | {name: mx.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    mx.async_eval(metrics)  # or each would be waited for on its own
+    return learner, metrics
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -512,7 +522,7 @@ def act(agent: Agent, observations: np.ndarray, noise: np.ndarray | float = 0.0)
 def collect_rollout(
     agent: Agent, envs: "Environments", config: Config, rng: np.random.Generator, timed: Callable
 ) -> Rollout:
-    noise = action_noise(rng, (config.num_steps, config.num_envs), agent)
+    noise = timed("forward", action_noise, rng, (config.num_steps, config.num_envs), agent)
     observations = np.empty((config.num_steps + 1, *envs.observations.shape), envs.observations.dtype)
     rewards = np.empty((config.num_steps, config.num_envs), np.float32)
     terminated, truncated = np.empty((2, *rewards.shape), bool)
@@ -542,7 +552,7 @@ class Result(NamedTuple):
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
-    validate(config)
+    config = validate(config)
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
     with contextlib.closing(Environments(config, config.num_envs)) as envs:
@@ -551,7 +561,7 @@ def train(config: Config) -> Result:
             learner = load_model(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
         with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
-            learner = run.restore(learner, rng)
+            learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 rate = annealed_learning_rate(iteration, config)
@@ -563,14 +573,21 @@ def train(config: Config) -> Result:
                 else:
                     arguments = learner, rollout, config, rng, stopwatch.fused
                     learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
-                run.record(metrics | {"charts/learning_rate": rate}, rollout, partial(to_histograms, batch))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
-                    run.save_checkpoint(to_numpy(learner), rng)
+                    run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
-            returns = run.conclude(partial(act, learner.agent), to_numpy(learner), rng)
+            returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
     return Result(learner, returns, run.directory)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
+    """All that a checkpoint keeps as arrays"""
+    return to_numpy(learner) | envs.to_numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------- mlx
@@ -585,7 +602,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     mx.set_default_device(getattr(mx, auto if config.device == "auto" else config.device))
     mx.random.seed(config.seed)
     agent = Agent(envs.observation_shape, envs.nvec, envs.action_dim, config)
-    weights = parameters_to_vector(agent.parameter_list)
+    vector_to_parameters(weights := parameters_to_vector(agent.parameter_list), agent)
     return Learner(agent, weights, Adam(config.learning_rate, 0, mx.zeros_like(weights), mx.zeros_like(weights)))
 
 
@@ -652,8 +669,10 @@ def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     return [mx.array(x) if np.issubdtype(x.dtype, np.integer) else mx.array(x, dtype) for x in arrays]
 
 
-def to_histograms(batch: Batch) -> dict[str, np.ndarray]:
-    return {name: np.array(getattr(batch, name)) for name in ("actions", "advantages", "values")}
+def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
+    """What the record has a histogram of, or a picture"""
+    images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
+    return images | {name: np.array(getattr(batch, name)) for name in ("actions", "advantages", "values")}
 
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
@@ -674,7 +693,8 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     if "optimizer.step" in arrays:
         moments = (mx.array(arrays[f"optimizer.{name}"], dtype) for name in ("exp_avg", "exp_avg_sq"))
         optimizer = Adam(optimizer.learning_rate, int(arrays["optimizer.step"]), *moments)
-    return Learner(agent, parameters_to_vector(agent.parameter_list), optimizer)
+    vector_to_parameters(weights := parameters_to_vector(agent.parameter_list), agent)
+    return Learner(agent, weights, optimizer)
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -762,6 +782,18 @@ class Environments:
         old, new = (self.statistics[name] for name in names), (samples.mean(0), samples.var(0), len(samples))
         self.statistics |= zip(names, map(np.asarray, update_mean_var_count_from_moments(*old, *new)), strict=True)
 
+    def for_evaluation(self) -> "Environments":
+        """E fresh ones with these statistics, which they do not change"""
+        envs = Environments(self.config, self.config.eval_episodes, is_evaluation=True)
+        envs.statistics = self.statistics
+        return envs
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        return self.statistics
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        self.statistics = {name: arrays[name] for name in self.statistics}
+
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -787,7 +819,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
         if is_async and not is_evaluation:
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
-            return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+            with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
+                return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
@@ -817,6 +850,22 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     if not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end."""
+    held, is_main = [], threading.current_thread() is threading.main_thread()
+    numbers = STOP_SIGNALS if is_main else ()
+    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -863,9 +912,8 @@ def evaluate(
     act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
 ) -> list[float]:
     """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
-    envs = Environments(trained.config, trained.config.eval_episodes, is_evaluation=True)
-    envs.statistics, first_returns, frames = trained.statistics, {}, []
-    with contextlib.closing(envs):
+    first_returns, frames = {}, []
+    with contextlib.closing(trained.for_evaluation()) as envs:
         envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
         for _ in range(LONGEST_EVALUATION):
             if video and 0 not in first_returns:
@@ -891,6 +939,7 @@ OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
+TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -914,6 +963,7 @@ class Stopwatch:
         return result
 
     def fused(self, phase: str | None, function: Callable, *arguments):
+        """Clocks and waits for nothing, so that phases may run into one another."""
         return self.compiled.get(function, function)(*arguments)
 
     def lap(self) -> dict[str, float]:
@@ -965,7 +1015,7 @@ class Run:
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
         self.wandb.define_metric("*", step_metric="global_step")
         self.log = self.wandb.log
-        steps = config.num_iterations * config.batch_size
+        steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> "Run":
@@ -981,6 +1031,7 @@ class Run:
             warn(f"the W&B record has no end: {one_line(error)}")
             with contextlib.suppress(Exception):
                 wandb.teardown()  # W&B's own hook at exit would print a traceback
+        gc.unfreeze()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -989,12 +1040,12 @@ class Run:
         self.stop_signal = number
         signal.signal(number, self.handlers[number])
 
-    def restore(self, learner: Learner, rng: np.random.Generator) -> Learner:
-        """The state of the checkpoint, where there is one."""
+    def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
+        """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
         if not self.checkpoint:
             return learner
         try:
-            self.envs.statistics = {name: self.checkpoint[name] for name in self.envs.statistics}
+            memory.from_numpy(self.checkpoint)
             rng.bit_generator.state = self.rng_state
             return from_numpy(learner, self.checkpoint)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -1006,13 +1057,14 @@ class Run:
         self.row["times/compile"].append(self.stopwatch.lap()["compile"])
         if self.iteration < self.config.num_iterations:
             self.envs.restart(self.global_step)
+        gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase
         while self.iteration < self.config.num_iterations and not self.stop_signal:
             self.iteration += 1
             yield self.iteration
 
     @property
     def global_step(self) -> int:
-        return self.iteration * self.config.batch_size
+        return self.iteration * self.config.iteration_steps
 
     def is_timed(self, iteration: int) -> bool:
         """Whether this iteration runs phase by phase."""
@@ -1020,14 +1072,17 @@ class Run:
 
     def is_due(self, interval: int) -> bool:
         """Whether this iteration reached another multiple of the interval (in steps; 0: never)."""
-        before = self.global_step - self.config.batch_size
+        before = self.global_step - self.config.iteration_steps
         is_last = self.iteration == self.config.num_iterations  # `conclude` does what is due then
         return interval > 0 and self.global_step // interval > before // interval and not is_last
 
-    def record(self, metrics: dict[str, float], rollout: Rollout, histograms: Callable[[], dict]) -> None:
-        """Adds an iteration to the row; a timed iteration has a row of its own."""
-        if not all(math.isfinite(metrics[f"losses/{name}"]) for name in ("policy_loss", "value_loss", "grad_norm")):
+    def check(self, metrics: dict[str, float]) -> None:
+        constant_returns = {"losses/explained_variance"}  # have none: it may be NaN
+        if not all(math.isfinite(metrics[name]) for name in metrics.keys() - constant_returns):
             raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        """Adds an iteration to the row; a timed iteration has a row of its own."""
         episodes = self.envs.pop_episodes()
         for _, episode_return, length in episodes:
             self.add({"charts/episodic_return": episode_return, "charts/episodic_length": length})
@@ -1039,17 +1094,17 @@ class Run:
         if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
-        self.stopwatch.timed("record", self.send_row, partial(self.media, rollout, histograms) if is_due else dict)
+        self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
 
-    def media(self, rollout: Rollout, histograms: Callable[[], dict]) -> dict:
+    def media(self, samples: Callable[[], dict[str, np.ndarray]]) -> dict:
         _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
-        samples = histograms() | {"episodic_return": returns, "episodic_length": lengths}
-        # float32 in float64: np.histogram refuses values that differ by a rounding error alone
-        samples = {name: np.asarray(x, np.float32).astype(np.float64) for name, x in samples.items()}
-        media = {f"histograms/{name}": wandb.Histogram(x) for name, x in samples.items() if len(x)}
-        if rollout.observations.dtype == np.uint8:
-            media["images/observation"] = wandb.Image(rollout.observations[-1, 0, -1])
-        self.histograms_at, self.episodes = self.iteration, []
+        self.histograms_at, self.episodes, media = self.iteration, [], {}
+        episodes = {"episodic_return": np.array(returns), "episodic_length": np.array(lengths)}
+        for name, x in (samples() | episodes).items():
+            if x.dtype == np.uint8:
+                media[f"images/{name}"] = wandb.Image(x)
+            elif len(x):  # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+                media[f"histograms/{name}"] = wandb.Histogram(x.astype(np.float32).astype(np.float64))
         return media
 
     def add(self, values: dict[str, float]) -> None:
@@ -1063,7 +1118,8 @@ class Run:
         totals = {f"times/{phase}" for phase in OUTSIDE}
         row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
         if "times/iteration" in row:
-            row |= {"charts/SPS": self.config.batch_size / row["times/iteration"], "charts/iteration": self.iteration}
+            row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
+            row["charts/iteration"] = self.iteration
         if self.recent_returns:
             row["charts/return_last_100"] = sum(self.recent_returns) / len(self.recent_returns)
             self.bar.set_postfix_str(f"return {row['charts/return_last_100']:.4g}", refresh=False)
@@ -1083,28 +1139,34 @@ class Run:
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
-    def save_checkpoint(self, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
         """Keeps this checkpoint and the one before it."""
+        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
+        self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
+
+    def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        arrays = state()
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
         progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
-        self.stopwatch.timed("checkpoint", save_arrays, path, arrays | self.envs.statistics, progress)
+        save_arrays(path, arrays, progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
-    def conclude(self, act: Callable, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> list[float]:
+    def conclude(
+        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
+    ) -> list[float]:
         """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
         if self.stop_signal or (self.config.checkpoint_every and self.iteration):
-            self.save_checkpoint(arrays, rng)
+            self.save_checkpoint(state, rng)
         returns = []
         if not self.stop_signal:
             if self.config.save_model:
-                weights = {name: array for name, array in arrays.items() if not name.startswith("optimizer.")}
+                model = {name: array for name, array in state().items() if not name.startswith(TRAINING_ONLY)}
                 metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
-                arguments = self.directory / "model.safetensors", weights | self.envs.statistics, metadata
+                arguments = self.directory / "model.safetensors", model, metadata
                 self.stopwatch.timed("checkpoint", save_arrays, *arguments)
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
@@ -1189,13 +1251,14 @@ def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
 def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     """Weights and statistics of a model.safetensors that any PPO script of this repository wrote."""
     arrays, _ = load_arrays(path)
-    expected = {name: a for name, a in to_numpy(learner).items() if not name.startswith("optimizer.")} | envs.statistics
+    expected = to_numpy(learner) | envs.to_numpy()
+    expected = {name: array for name, array in expected.items() if not name.startswith(TRAINING_ONLY)}
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
             why = "it was trained with another environment, --hidden-sizes, --norm-obs or --norm-reward"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
-    envs.statistics = {name: arrays[name] for name in envs.statistics}
+    envs.from_numpy(arrays)
     return from_numpy(learner, arrays)
 
 
@@ -1232,16 +1295,22 @@ class TrainingFailed(Exception):
 # twin: ppo_torch ppo_mlx ppo_jax
 def validate(config: Config) -> Config:
     """Raises BadInput where a value is not what Config allows, or where values do not go together."""
-    try:
-        config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
-    except pydantic.ValidationError as error:
-        wrong = error.errors()[0]
-        raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    config = checked_fields(config)
     rollout = f"{config.num_envs} environments x {config.num_steps} steps"
     if config.batch_size % config.num_minibatches or config.batch_size == config.num_minibatches:
         raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {rollout} into parts of 2 or more")
     if 0 < config.total_timesteps < config.batch_size:
         raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax
+def checked_fields(config: Config) -> Config:
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config

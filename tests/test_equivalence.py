@@ -171,6 +171,23 @@ def test_every_script_loads_every_model(writer, case, models):
         np.testing.assert_allclose(actions[reader], actions[ppo_torch], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["discrete", "gaussian"])
+@pytest.mark.parametrize("writer", [ppo_torch, *OTHERS], ids=name)
+def test_every_script_goes_on_with_every_model(writer, case, models, tmp_path):
+    """Rollout and update after --load-model: the same weights in all three, whoever wrote the file."""
+    before, _ = writer.load_arrays(models[name(writer), case])
+    after = {}
+    for reader in (ppo_torch, *OTHERS):
+        flags = {"load_model": str(models[name(writer), case]), "run_dir": str(tmp_path / name(reader))}
+        flags |= {"total_timesteps": 128, "eval_episodes": 0}
+        reader.train(config_of(reader, **CASES[case] | flags))
+        after[reader], _ = reader.load_arrays(tmp_path / name(reader) / "model.safetensors")
+    for key, expected in after[ppo_torch].items():
+        for reader in OTHERS:
+            np.testing.assert_allclose(after[reader][key], expected, rtol=1e-5, atol=1e-5, err_msg=key)
+    assert max(np.abs(after[ppo_torch][key] - before[key]).max() for key in before) > 1e-3
+
+
 @pytest.mark.parametrize("reader", [ppo_torch, *OTHERS], ids=name)
 def test_a_loaded_model_evaluates_as_where_it_was_trained(reader, models, tmp_path):
     """The same greedy episodes of CartPole, to the step."""

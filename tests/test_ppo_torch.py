@@ -501,7 +501,7 @@ def test_batch_holds_the_log_probs_of_the_policy_that_acted(config):
 
     def timed(phase, function, *arguments):
         result = function(*arguments)
-        if phase == "forward":
+        if function is ppo_torch.act:
             agent, observations, noise = arguments
             policy, _ = agent(torch.from_numpy(observations.copy()))
             log_probs.append(reference_log_probs(policy, agent.log_std, torch.from_numpy(result), agent.nvec))
