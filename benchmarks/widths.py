@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.unfenced import ready  # noqa: E402
 
 CONTESTANTS = ("ppo_torch", "ppo_torch --num-threads 2", "ppo_torch --compile", "ppo_jax", "ppo_mlx")
-WIDTHS = {64: 40, 256: 20, 1024: 6}  # iterations of each
+WIDTHS = {64: 40, 256: 15, 1024: 3}  # iterations of each
 PHASES = ("forward", "gae", "loss", "weight_update", "update")  # `step` knows nothing of networks
 
 
