@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from benchmarks import learning, ppo_speed, unfenced
+from benchmarks import learning, ppo_speed, unfenced, widths
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,6 +35,12 @@ def test_unfenced_table_in_the_readme_is_that_of_the_records():
     lines = (ROOT / "results" / "unfenced.csv").read_text().splitlines()
     found = {(script, phase, clock): float(ms) for script, phase, clock, ms in list(csv.reader(lines[1:]))[1:]}
     assert unfenced.markdown_table(found) in README
+
+
+def test_widths_table_in_the_readme_is_that_of_the_records():
+    lines = (ROOT / "results" / "widths.csv").read_text().splitlines()
+    rows = [(name, int(width), phase, float(ms)) for name, width, phase, ms in list(csv.reader(lines[1:]))[1:]]
+    assert widths.markdown_table(rows) in README
 
 
 def test_every_figure_of_the_readme_is_there():
