@@ -287,6 +287,7 @@ def critic_targets(
     return rewards + gamma * (1 - terminated) * (next_q.min(0) - alpha * next_log_probs)
 
 
+# twin: td3_jax sac_jax
 def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
     """Σᵢ mean (Qᵢ(s, a) - y)² from (2, B) and (B,)"""
     return ((q - targets) ** 2).mean(1).sum()
