@@ -183,10 +183,6 @@ class Critics(Network):
         """(B, O), (B, A) -> (2, B)"""
         return jax.vmap(lambda params: Network(params, self.module)(observations, actions))(self.params)
 
-    @property
-    def first(self) -> Network:
-        return Network(jax.tree.map(lambda x: x[0], self.params), self.module)
-
 
 class Actor(nn.Module):
     """Gaussian before tanh: (B, O) -> means and log standard deviations, (B, A) each"""

@@ -182,10 +182,6 @@ class Critics(Network):
         """(B, O), (B, A) -> (2, B)"""
         return jax.vmap(lambda params: Network(params, self.module)(observations, actions))(self.params)
 
-    @property
-    def first(self) -> Network:
-        return Network(jax.tree.map(lambda x: x[0], self.params), self.module)
-
 
 class Actor(nn.Module):
     """π: (B, O) -> (B, A) in [-1, 1]"""
@@ -304,9 +300,10 @@ def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Cri
 
 def actor_gradient(learner: Learner, batch: Batch) -> tuple[Network, Tensor]:
     """-> gradient of the policy's loss, the loss"""
+    q1 = Network(jax.tree.map(lambda x: x[0], learner.critics.params), learner.critics.module)
 
     def loss_of(actor: Network) -> Tensor:
-        return actor_loss(learner.critics.first(batch.observations, actor(batch.observations)))
+        return actor_loss(q1(batch.observations, actor(batch.observations)))
 
     loss, gradient = jax.value_and_grad(loss_of)(learner.actor)
     return gradient, loss

@@ -24,9 +24,9 @@ class Counting(gym.Env):
     metadata: ClassVar = {"render_modes": []}
     seeds: ClassVar[list[int]] = []  # that resets of any instance in this process were given
 
-    def __init__(self, length: int = 10, truncate: bool = False, render_mode: str | None = None):
+    def __init__(self, length: int = 10, truncate: bool = False, box: bool = False, render_mode: str | None = None):
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = spaces.Discrete(2)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32) if box else spaces.Discrete(2)
         self.length, self.truncate, self.render_mode = length, truncate, render_mode
         self.steps = 0
 
@@ -167,9 +167,11 @@ class Counter(gym.Env):
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = spaces.Discrete(2)
 
-    def __init__(self, ends: str = "truncated", render_mode: str | None = None):
+    def __init__(self, ends: str = "truncated", box: bool = False, render_mode: str | None = None):
         self.ends, self.render_mode = ends, render_mode
         self.first_seed, self.episode = 0, -1
+        if box:
+            self.action_space = spaces.Box(-1, 1, (2,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:
@@ -265,5 +267,27 @@ class Sleeper(Counter):
         return super().step(action)
 
 
-for environment in (Counter, Echo, Nested, Picture, Sleeper):
+class Bandit(gym.Env):
+    """One step an episode. The best action is `best` where the observation is 1, its mirror image within the bounds
+    where it is -1; each dimension that is off by its whole range costs 1."""
+
+    low, high, best = np.array([-0.5, 2.0], np.float32), np.array([1.0, 10.0], np.float32), np.array([0.7, 4.0])
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Box(low, high)
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.sign = self.np_random.choice([-1, 1])
+        return np.array([self.sign], np.float32), {}
+
+    def step(self, action):
+        best = self.best if self.sign == 1 else self.low + self.high - self.best
+        cost = np.sum(((action - best) / (self.high - self.low)) ** 2)
+        return np.array([self.sign], np.float32), -float(cost), True, False, {}
+
+
+for environment in (Bandit, Counter, Echo, Nested, Picture, Sleeper):
     gym.register(f"{environment.__name__}-v0", environment, disable_env_checker=True)
