@@ -102,7 +102,7 @@ TITLES = {
 }
 OUTSIDE_ITERATIONS = {f"times/{name}" for name in ("evaluation", "checkpoint", "probe", "compile")}
 SECTIONS = {"charts", "losses", "times", "histograms"}
-RETURN, RETURNS = "charts/episodic_return", "histograms/episodic_return"
+RETURN, RETURNS, EVALUATION = "charts/episodic_return", "histograms/episodic_return", "charts/evaluation_return"
 IDENTITY = ["run", "env_id", "script", "framework", "seed", "global_step"]
 PRIVATE = {"_wandb", "run_dir", "resume", "resumed_at", "load_model", "wandb_mode", "wandb_project", "wandb_entity"}
 SMOOTHING = 0.02  # of a run's steps
@@ -196,8 +196,11 @@ def summarise(rows: list[Row]) -> dict[str, float]:
     and over those without (fused/...); steps per second are all steps over all time, slow iterations included."""
     summary = {"steps": rows[-1]["global_step"]}
     for row in rows:
-        for key in {"charts/return_last_100", "charts/evaluation_return"} & row.keys():
+        for key in {"charts/return_last_100", EVALUATION} & row.keys():
             summary[key.removeprefix("charts/")] = row[key]
+    evaluations = [row[EVALUATION] for row in rows if EVALUATION in row]
+    if len(evaluations) >= 5:
+        summary["evaluation_return_last_5"] = float(np.mean(evaluations[-5:]))
     steps = np.diff([row["global_step"] for row in rows], prepend=0)
     speeds = np.array([row.get("charts/SPS", 0.0) for row in rows])
     if np.any(speeds > 0):
@@ -660,6 +663,9 @@ def draw_panels(title: str, contents: list[Panel], ylabel: str, height: float, m
 def draw_returns(runs: list[Run], title: str) -> Figure | None:
     environments = group([run for run in runs if run.has(RETURN)], "env_id")
     contents = [("" if env_id == title else env_id, here, RETURN) for env_id, here in environments.items()]
+    for env_id, here in environments.items():
+        if max(sum(EVALUATION in row for row in run.rows) for run in here) >= 5:
+            contents.append((f"{'' if env_id == title else env_id} evaluation, greedy".strip(), here, EVALUATION))
     height = 3.2 if len(contents) == 1 else 2.4
     return draw_panels(f"{title}: return during training", contents, "return of an episode", height)
 

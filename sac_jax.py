@@ -60,7 +60,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -664,8 +664,8 @@ class ReplayBuffer:
         if size > available:
             what = f"--buffer-size {config.buffer_size}: the replay buffer would take {size / 1e9:.1f} GB"
             raise BadInput(f"{what} of the {available / 1e9:.1f} GB that are free")
-        self.arrays = {name: np.empty((self.num_places, *shape), np.float32) for name, shape in shapes.items()}
-        self.arrays |= {name: np.empty(self.num_places, bool) for name in ("terminated", "truncated")}
+        self.arrays = {name: np.zeros((self.num_places, *shape), np.float32) for name, shape in shapes.items()}
+        self.arrays |= {name: np.zeros(self.num_places, bool) for name in ("terminated", "truncated")}
         self.final_observations: dict[int, np.ndarray] = {}  # by the place of the transition
         self.position = self.num_transitions = 0  # where the next ones go; how many there are
 
@@ -826,6 +826,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
             signal.signal(number, signal.SIG_IGN)
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
+    quieten_mujoco(env_id)
     env = gym.make(env_id, render_mode=render_mode, **kwargs)
     actions, observations = env.action_space, env.observation_space
     is_float_box = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
@@ -837,6 +838,15 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     if not isinstance(observations, spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+@cache
+def quieten_mujoco(env_id: str) -> None:
+    """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
+    spec = gym.registry.get(env_id)
+    if spec and "gymnasium.envs.mujoco" in str(spec.entry_point):
+        importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax

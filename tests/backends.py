@@ -1,6 +1,7 @@
 """What the tests need to know of a framework: how to compute in float64, and how its gradients are named."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -11,6 +12,11 @@ import torch
 from jax.flatten_util import ravel_pytree
 
 jax.devices()  # JAX's CPU, asynchronous as JAX makes it: the script would have calls wait, which hides a missing fence
+
+CACHE = tempfile.TemporaryDirectory()  # a script compiles anew for each run that a test makes, and mostly the same
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @contextlib.contextmanager

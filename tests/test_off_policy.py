@@ -339,16 +339,16 @@ def test_a_bandit_is_solved(module, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- clock
 
 
-def laps(module: ModuleType, config, heavy: str = "", times: int = 1, steps: int = 30) -> dict[str, float]:
-    """Seconds per phase of steps with an update each, phase by phase; `heavy` is computed so many times."""
+def laps(module: ModuleType, config, heavy: str = "", times: int = 1) -> dict[str, float]:
+    """Seconds per phase of a step with an update, phase by phase, the least of thirty; `heavy` is computed so many
+    times instead of once."""
     with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
         envs.restart(0)
         learner, rng, stopwatch = module.new_learner(envs, config), np.random.default_rng(0), module.new_stopwatch()
         module.warm_up(learner, envs, config, stopwatch)
         buffer = module.ReplayBuffer(config, config.num_envs, envs.observation_dim, envs.action_dim)
-        functions = {"step": envs.step, "add": buffer.add}
         if heavy:
-            function = functions.get(heavy) or getattr(module, heavy)
+            function = envs.step if heavy == "step" else getattr(module, heavy)
             light = stopwatch.compiled.get(function, function)
 
             def repeated(*arguments):
@@ -357,13 +357,13 @@ def laps(module: ModuleType, config, heavy: str = "", times: int = 1, steps: int
                 return light(*arguments)
 
             stopwatch.compiled[function] = repeated
-        for step in range(config.learning_starts, config.learning_starts + steps + 2):
-            if step == config.learning_starts + 2:
-                stopwatch.lap()
+        found = []
+        for step in range(config.learning_starts, config.learning_starts + 32):
             module.interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
             batch = stopwatch.timed("sample", module.sample_batch, buffer, range(2, 3), config, rng)
             learner, _ = module.update(learner, batch, config, stopwatch.timed)
-        return stopwatch.lap()
+            found.append(stopwatch.lap())
+        return {phase: min(lap[phase] for lap in found[2:]) for phase in found[-1]}
 
 
 PHASES = {"forward", "step", "sample", "loss", "weight_update", "target_update", "other", "record", "iteration"}
@@ -394,8 +394,7 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase):
 def test_a_sleeping_environment_shows_in_step_alone(module):
     lap = laps(module, configured(module, "Sleeper", total_timesteps=1000))
     assert lap.keys() - {"loss/critic", "loss/actor", "loss/alpha"} == PHASES
-    assert lap["step"] > 30 * 0.005
-    assert lap["iteration"] - lap["step"] < 0.5 * 30 * 0.005 or lap["other"] < 0.1 * lap["iteration"]
+    assert lap["step"] > 0.005 > 2 * (lap["iteration"] - lap["step"])
 
 
 @each
@@ -555,8 +554,8 @@ BAD = {
     "--buffer-size 3 --num-envs 4": "--buffer-size 3",
     "--updates-per-step 0": "--updates-per-step",
     "--tau 1.5": "--tau",
-    "--device gpu": "--device gpu is not there",
-    "--load-model nothing.safetensors": "nothing.safetensors",
+    "--env-id Pendulum-v1 --device gpu": "--device gpu is not there",
+    "--env-id Pendulum-v1 --load-model nothing.safetensors": "nothing.safetensors",
     "--resume nowhere": "--resume nowhere",
     "--eval-interval -1": "--eval-interval",
 }
@@ -577,7 +576,7 @@ def test_bad_input_is_one_line(module, flags, tmp_path, monkeypatch, capsys):
 def test_a_model_of_another_shape_is_refused(module, tmp_path):
     module.train(configured(module, total_timesteps=0, run_dir=str(tmp_path / "run")))
     model = str(tmp_path / "run/model.safetensors")
-    with pytest.raises(module.BadInput, match=r"actor\.0\.weight is"):
+    with pytest.raises(module.BadInput, match=r"actor\.\d\.(weight|bias) is"):
         module.train(configured(module, "Pendulum-v1", {}, load_model=model, run_dir=str(tmp_path / "other")))
 
 

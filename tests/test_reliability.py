@@ -32,7 +32,7 @@ import pytest
 import safetensors.numpy
 
 import ppo_torch
-from tests import environments
+from tests import backends, environments
 
 ROOT = Path(ppo_torch.__file__).parent
 SCRIPT = ROOT / "ppo_torch.py"
@@ -114,9 +114,11 @@ class Process:
 
 
 def environment_variables(home: Path) -> dict[str, str]:
-    """No W&B account, own home and folder of temporary files, one thread."""
+    """No W&B account, own home and folder of temporary files, one thread, what JAX compiled before."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    return ours | {"HOME": str(home), "NETRC": str(home / "netrc"), "TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
+    ours |= {"HOME": str(home), "NETRC": str(home / "netrc"), "TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
+    ours |= {"JAX_COMPILATION_CACHE_DIR": backends.CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return ours | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
 def wait_for(condition: Callable, process: Process | None = None):
