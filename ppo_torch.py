@@ -55,7 +55,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple

@@ -61,9 +61,12 @@ def uncovered(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_block_is_the_requirements_of_its_backend(path):
+def test_block_is_of_the_requirements_of_its_backend(path):
+    """All of them, but for what the script does not import (a replay buffer's psutil, a solver's scipy)."""
     requirements = ROOT / "requirements" / f"{path.stem.rpartition('_')[2]}.txt"
-    assert sorted(block(path.read_text())["dependencies"]) == sorted(pins(requirements))
+    left_out = {pin.split("==")[0] for pin in set(pins(requirements)) - set(block(path.read_text())["dependencies"])}
+    assert set(block(path.read_text())["dependencies"]) <= set(pins(requirements))
+    assert left_out <= {"psutil", "scipy"} - imported(path.read_text())
 
 
 @pytest.mark.parametrize("path", WITH_BLOCK, ids=name)
