@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 
 PPO = ("ppo_torch", "ppo_jax", "ppo_mlx")
+OFF_POLICY = ("td3_jax", "sac_jax")
 
 
 class Row(NamedTuple):
@@ -28,6 +29,7 @@ class Row(NamedTuple):
     seeds: int
     published: str
     scripts: tuple[str, ...]
+    measure: str = "evaluation_return"  # of a run's summary in compare.py
 
 
 ROWS = {
@@ -60,6 +62,26 @@ ROWS = {
         1,
         "20.4 ± 0.2 at 10M frames [1]",
         ("ppo_torch",),
+    ),
+    "pendulum_20k": Row(
+        "--env-id Pendulum-v1 --total-timesteps 20000 --learning-starts 1000",
+        5,
+        "TD3 -152 ± 90, SAC -157 ± 89 at 20k [2]",
+        OFF_POLICY,
+    ),
+    "swingup": Row(
+        "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 250000",
+        5,
+        "TD3 about 470, SAC about 770 at 250k [3]",
+        OFF_POLICY,
+        "evaluation_return_last_5",
+    ),
+    "halfcheetah_300k": Row("--env-id HalfCheetah-v5 --total-timesteps 300000", 3, "", OFF_POLICY),
+    "halfcheetah_1m": Row(
+        "--env-id HalfCheetah-v5 --total-timesteps 1000000",
+        1,
+        "TD3 9583 ± 126 [1], SAC 10796 [10500, 11542] [4] at 1M",
+        OFF_POLICY,
     ),
 }
 
@@ -98,19 +120,19 @@ def recorded(name: str, script: str) -> Path:
 
 def table() -> str:
     """The table of all rows that are recorded, and their commands."""
-    header = ["environment", "script", "seeds", "training", "evaluation", "worst seed", "steps/s", "published"]
+    header = ["environment", "steps", "script", "seeds", "training", "evaluation", "worst seed", "steps/s", "published"]
     lines, commands = [], []
     for name, row in ROWS.items():
-        environment = row.flags.split()[1]
-        commands.append(f"python ppo_torch.py {row.flags}")
-        for script in row.scripts:
-            if not recorded(name, script).exists():
-                continue
+        environment = row.flags.split()[1].removeprefix("dm_control/")
+        recorded_scripts = [script for script in row.scripts if recorded(name, script).exists()]
+        commands += [f"python {recorded_scripts[0]}.py {row.flags}"] if recorded_scripts else []
+        for script in recorded_scripts:
             runs = compare.read_csv(recorded(name, script))
-            worst = min(run.summary["evaluation_return"] for run in runs)
+            worst = min(run.summary[row.measure] for run in runs)
+            steps = max(run.summary["steps"] for run in runs)
             speeds = sorted(run.summary["steps_per_second"] for run in runs)
-            estimates = [compare.estimate(runs, key) for key in ("return_last_100", "evaluation_return")]
-            cells = [environment, f"`{script}`", str(len(runs)), *estimates, compare.number(worst)]
+            estimates = [compare.estimate(runs, key) for key in ("return_last_100", row.measure)]
+            cells = [environment, f"{steps:,.0f}", f"`{script}`", str(len(runs)), *estimates, compare.number(worst)]
             lines.append([*cells, f"{speeds[len(speeds) // 2]:,.0f}", row.published])
     return "\n\n".join([compare.markdown(header, lines).rstrip(), "```bash\n" + "\n".join(commands) + "\n```"])
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import time
@@ -421,6 +422,12 @@ def test_a_phase_ends_when_its_result_is_there(module):
     assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
 
 
+README = ROOT / "README.md"
+OF_TIMED = {"times/loss/critic", "times/loss/actor", "times/loss/alpha", "times/target_update"}
+OF_SAC = {"losses/alpha", "losses/alpha_loss", "times/loss/alpha"}
+NOT_RECORDED = {(sac_jax, 1): set(), (sac_jax, 0): OF_TIMED, (td3_jax, 1): OF_SAC, (td3_jax, 0): OF_TIMED | OF_SAC}
+
+
 @pytest.mark.parametrize("timing_interval", [1, 0])
 @each
 def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path, monkeypatch):
@@ -457,6 +464,13 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
         assert {"times/loss/critic", "times/loss/actor", "times/weight_update", "times/target_update"} <= timed[
             0
         ].keys()
+    glossary, besides = re.search(r"(?ms)^## Glossary$(.*?)(?=^## |\Z)", README.read_text())[1].split(
+        "The off-policy scripts"
+    )
+    keys = {key.partition(".")[0] for row in rows for key in row if not key.startswith("_")}
+    assert sorted(key for key in keys if f"`{key}`" not in glossary + besides) == []
+    own = set(re.findall(r"`((?:losses|times)/[\w/]+)`", besides))
+    assert sorted(own - keys) == sorted(own & NOT_RECORDED[module, timing_interval])
     assert recorded_config["framework"] == "jax" and recorded_config["algorithm"] == module.ALGORITHM
 
 
