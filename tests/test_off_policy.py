@@ -341,7 +341,7 @@ def test_a_bandit_is_solved(module, tmp_path):
 
 
 def laps(module: ModuleType, config, heavy: str = "", times: int = 1) -> dict[str, float]:
-    """Seconds per phase of a step with an update, phase by phase, the least of thirty; `heavy` is computed so many
+    """Seconds per phase of a step with an update, phase by phase, the quickest of thirty; `heavy` is computed so many
     times instead of once."""
     with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
         envs.restart(0)
@@ -364,7 +364,7 @@ def laps(module: ModuleType, config, heavy: str = "", times: int = 1) -> dict[st
             batch = stopwatch.timed("sample", module.sample_batch, buffer, range(2, 3), config, rng)
             learner, _ = module.update(learner, batch, config, stopwatch.timed)
             found.append(stopwatch.lap())
-        return {phase: min(lap[phase] for lap in found[2:]) for phase in found[-1]}
+        return min(found[2:], key=lambda lap: lap["iteration"])
 
 
 PHASES = {"forward", "step", "sample", "loss", "weight_update", "target_update", "other", "record", "iteration"}
@@ -383,12 +383,12 @@ HEAVY = {
 @each
 def test_a_heavier_phase_shows_in_its_own_key(module, phase):
     config = configured(module, total_timesteps=1000)
-    light, heavy = laps(module, config), laps(module, config, HEAVY[phase], 100)
+    often = 500 if phase in ("step", "sample") else 100  # those take less than what other phases differ by
+    light, heavy = laps(module, config), laps(module, config, HEAVY[phase], often)
     growth = {key: heavy[key] - light[key] for key in heavy}
-    assert growth[phase] > 0.8 * growth["iteration"] > 0, growth
+    assert growth[phase] > 0.5 * growth["iteration"] > 0, growth
     assert heavy[phase] > 20 * light[phase]
-    if "/" in phase:
-        assert growth[phase.split("/")[0]] > 0.8 * growth["iteration"]
+    assert growth[phase.split("/")[0]] > 0.5 * growth["iteration"]
 
 
 @each
@@ -469,7 +469,7 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
     )
     keys = {key.partition(".")[0] for row in rows for key in row if not key.startswith("_")}
     assert sorted(key for key in keys if f"`{key}`" not in glossary + besides) == []
-    own = set(re.findall(r"`((?:losses|times)/[\w/]+)`", besides))
+    own = set(re.findall(r"(?m)^\| `((?:losses|times)/[\w/]+)`", besides))
     assert sorted(own - keys) == sorted(own & NOT_RECORDED[module, timing_interval])
     assert recorded_config["framework"] == "jax" and recorded_config["algorithm"] == module.ALGORITHM
 

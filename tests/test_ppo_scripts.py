@@ -15,6 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from imageio.v3 import imiter
 
 import ppo_jax
 import ppo_mlx
@@ -211,6 +212,17 @@ def test_a_signal_ends_the_run_and_leaves_a_checkpoint(module, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
+
+@each_other
+def test_video(module, tmp_path):
+    """As many frames as the first episode has steps, none of them of one colour"""
+    config = module.Config(total_timesteps=0, eval_episodes=2, capture_video=True, wandb_mode="disabled")
+    first, _ = module.train(dataclasses.replace(config, run_dir=str(tmp_path / "run"))).evaluation_returns
+    (video,) = (tmp_path / "run/videos").glob("*.mp4")
+    frames = list(imiter(video, plugin="FFMPEG"))
+    assert abs(len(frames) - first) <= 1  # the encoder rounds times
+    assert all(frame.std() > 1 for frame in frames)
 
 
 @each_other

@@ -25,12 +25,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import ppo_jax
+import ppo_mlx
 import ppo_torch
 from tests import backends, environments
 
@@ -54,16 +57,16 @@ def lines(text: str) -> list[str]:
     return [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
 
 
-def main(*flags: str | Path) -> Outcome:
+def main(*flags: str | Path, module: ModuleType = ppo_torch) -> Outcome:
     """The script in this process; an exception that it should have reported comes through."""
     for environment in (environments.NotANumber, environments.NeverEnds):
         environment.instances = itertools.count()
     environments.Mortal.instances = itertools.count(1)
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["ppo_torch.py", *map(str, flags)])
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         try:
-            code = ppo_torch.main()
+            code = module.main()
         except SystemExit as stop:
             code = stop.code
     return Outcome(code, out.getvalue(), lines(err.getvalue()))
@@ -184,9 +187,9 @@ def wandb_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
 
 
-def assert_refused(outcome: Outcome, *words: str) -> None:
+def assert_refused(outcome: Outcome, *words: str, module: ModuleType = ppo_torch) -> None:
     assert outcome.code == 2, outcome
-    assert len(outcome.err) == 1 and outcome.err[0].startswith("ppo_torch.py: "), outcome
+    assert len(outcome.err) == 1 and outcome.err[0].startswith(f"{module.__name__}.py: "), outcome
     assert all(word in outcome.err[0] for word in words), (words, outcome.err)
     assert outcome.out == ""
 
@@ -738,10 +741,11 @@ BAD_INPUT = [
 ]
 
 
+@pytest.mark.parametrize("module", [ppo_torch, ppo_mlx, ppo_jax], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("flags, words", BAD_INPUT)
-def test_bad_input_is_refused_in_one_line(flags, words):
-    outcome = main(*SILENT, *flags) if "--resume" not in flags else main(*flags)
-    assert_refused(outcome, *words)
+def test_bad_input_is_refused_in_one_line(flags, words, module):
+    outcome = main(*flags, module=module) if "--resume" in flags else main(*SILENT, *flags, module=module)
+    assert_refused(outcome, *words, module=module)
     assert list(Path.cwd().iterdir()) == []
 
 
