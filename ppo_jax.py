@@ -846,8 +846,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
             mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
             return gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
         make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs)
-        is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
-        if is_async and not is_evaluation:
+        is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
+        if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
             with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
                 return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
@@ -1028,6 +1028,8 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if self.iteration > config.num_iterations:
+            raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1082,12 +1084,13 @@ class Run:
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
-        if not self.checkpoint:
+        arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
+        if not arrays:
             return learner
         try:
-            memory.from_numpy(self.checkpoint)
+            memory.from_numpy(arrays)
             rng.bit_generator.state = self.rng_state
-            return from_numpy(learner, self.checkpoint)
+            return from_numpy(learner, arrays)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the checkpoint is not of this run: {one_line(error)}"
             raise BadInput(f"--resume {self.directory}: {what}") from error
@@ -1238,12 +1241,17 @@ def cpu_name() -> str:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".part"), "wb") as file:
-        file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
@@ -1306,7 +1314,12 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
-        return Path(config.resume), json.loads((Path(config.resume) / "config.json").read_text())["wandb_id"]
+        path = Path(config.resume) / "config.json"
+        run_id = json.loads(path.read_text())["wandb_id"]
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
+        os.replace(path.with_suffix(".part"), path)
+        return path.parent, run_id
     name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
     if (directory / "config.json").exists():
@@ -1329,7 +1342,7 @@ class BadInput(Exception):
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
 class TrainingFailed(Exception):
-    """A number is not finite."""
+    """A number is not finite, or a file cannot be written."""
 
 
 # twin: ppo_torch ppo_mlx ppo_jax

@@ -102,7 +102,7 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, all environments together
+    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 1e-3  # Adam's learning rate of the critics and the temperature
     num_envs: Count = 1  # N, environments that step together
@@ -110,11 +110,11 @@ class Config:
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     learning_starts: Steps = 5_000  # steps with random actions before the first update
     batch_size: Count = 256  # B, transitions of a minibatch
-    updates_per_step: Positive = 1.0  # updates for each transition
+    updates_per_step: Positive = 1.0  # updates for each transition: times N for a step of all environments
     gamma: Fraction = 0.99  # discount factor γ
     tau: Fraction = 0.005  # τ, how far the targets move towards their networks
-    autotune: bool = True  # learn the temperature, from 1 on
-    alpha: Positive = 0.2  # α, the temperature, with --no-autotune
+    autotune: bool = True  # learn the temperature α, which begins at 1
+    alpha: Positive = 0.2  # the temperature α with --no-autotune
     hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the ReLU layers
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
@@ -225,7 +225,7 @@ class Batch(NamedTuple):
     actions: np.ndarray  # (U, B, A)
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
-    next_observations: np.ndarray  # (U, B, O), the true ones also where an episode was truncated
+    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated, unused where it terminated
     next_noise: np.ndarray  # (U, B, A), standard Gaussian, for ã
     noise: np.ndarray  # (U, B, A), for â
 
@@ -261,7 +261,7 @@ class Metrics(NamedTuple):
 
 
 def sample_actions(means: Tensor, log_stds: Tensor, noise: Tensor | float) -> Tensor:
-    """tanh(u), u = mean + std · noise (SAC2 eq. 6); noise 0 gives the most likely u."""
+    """tanh(u), u = mean + std · noise (SAC2 eq. 8); noise 0 gives the most likely u."""
     return jnp.tanh(means + jnp.exp(log_stds) * noise)
 
 
@@ -311,7 +311,7 @@ def polyak(target: Network, network: Network, tau: float) -> Network:
 def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Critics, Tensor, Tensor]:
     """-> gradient of the critics' loss, the loss, mean Q"""
     next_actions, next_log_probs = actions_and_log_probs(*learner.actor(batch.next_observations), batch.next_noise)
-    next_q, alpha = learner.target_critics(batch.next_observations, next_actions), jnp.exp(learner.log_alpha)
+    next_q, alpha = learner.target_critics(batch.next_observations, next_actions), temperature(learner, config)
     targets = critic_targets(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, config.gamma)
 
     def loss_of(critics: Critics) -> tuple[Tensor, Tensor]:
@@ -322,16 +322,21 @@ def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Cri
     return gradient, loss, q_mean
 
 
-def actor_gradient(learner: Learner, batch: Batch) -> tuple[Network, Tensor, Tensor]:
+def actor_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Network, Tensor, Tensor]:
     """-> gradient of the policy's loss, the loss, log π(â|s) (B,)"""
 
     def loss_of(actor: Network) -> tuple[Tensor, Tensor]:
         actions, log_probs = actions_and_log_probs(*actor(batch.observations), batch.noise)
         q = learner.critics(batch.observations, actions)
-        return actor_loss(q, log_probs, jnp.exp(learner.log_alpha)), log_probs
+        return actor_loss(q, log_probs, temperature(learner, config)), log_probs
 
     (loss, log_probs), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.actor)
     return gradient, loss, log_probs
+
+
+def temperature(learner: Learner, config: Config) -> Tensor:
+    """α, learned or given"""
+    return jnp.exp(learner.log_alpha if config.autotune else jnp.full_like(learner.log_alpha, math.log(config.alpha)))
 
 
 def alpha_gradient(learner: Learner, batch: Batch, log_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,16 +372,20 @@ def update_targets(learner: Learner, config: Config) -> Learner:
 
 
 def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Metrics]:
-    """One update (SAC2 algorithm 1, the gradient step) on a batch without the axis U"""
+    """One update (SAC2 algorithm 1, the gradient step) on a batch without the axis U
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     gradient, critics_loss, q_mean = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", update_critics, learner, gradient, config)
-    gradient, policy_loss, log_probs = timed("loss", timed, "loss/actor", actor_gradient, learner, batch)
+    gradient, policy_loss, log_probs = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
     learner = timed("weight_update", update_actor, learner, gradient, config)
-    gradient, temperature_loss = timed("loss", timed, "loss/alpha", alpha_gradient, learner, batch, log_probs)
+    temperature_loss = jnp.zeros_like(policy_loss)
     if config.autotune:
+        gradient, temperature_loss = timed("loss", timed, "loss/alpha", alpha_gradient, learner, batch, log_probs)
         learner = timed("weight_update", update_alpha, learner, gradient, config)
     learner = timed("target_update", update_targets, learner, config)
-    losses = critics_loss, q_mean, policy_loss, -log_probs.mean(), temperature_loss, jnp.exp(learner.log_alpha)
+    losses = critics_loss, q_mean, policy_loss, -log_probs.mean(), temperature_loss, temperature(learner, config)
     return learner, Metrics(*losses)
 
 
@@ -392,7 +401,7 @@ def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> t
 
 def act(actor: Network, observations: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
     """(N, O), (N, A) -> (N, A); without noise greedily"""
-    return np.asarray(policy(actor, observations, noise))
+    return np.asarray(compiled_policy(actor, observations, noise))
 
 
 def explore(
@@ -418,9 +427,11 @@ def interact(
     """One step of all environments, into the replay buffer"""
     observations = envs.observations
     actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
-    next_observations, rewards, terminated, truncated, ended = timed("step", envs.step, actions)
-    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=ended)
-    transition = observations, actions, rewards, terminated, truncated, next_observations, ended
+    if not np.isfinite(actions).all():
+        raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
+    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
     timed("sample", buffer.add, *transition)
 
 
@@ -467,13 +478,14 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
+                start, end = run.global_step - config.log_interval, run.global_step
+                for step in range(start, end, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
                         continue
                     batch = stopwatch.timed("sample", sample_batch, buffer, updates, config, rng)
-                    if run.is_timed(iteration):
+                    if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
                         learner, values = update(learner, batch, config, stopwatch.timed)
                     else:
                         arguments = learner, batch, config, stopwatch.fused
@@ -486,6 +498,7 @@ def train(config: Config) -> Result:
                 run.record(means, partial(samples, learner, buffer, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, buffer), rng)
+                    # simulators are not saved: new episodes, here as in a run that is resumed here
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
                     buffer.end_episodes()
             returns = run.conclude(partial(act, learner.actor), partial(state, learner, buffer), rng)
@@ -521,8 +534,8 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
     critics = Critics.create(Critic(config.hidden_sizes), critics_key, observations, actions)
-    log_alpha = jnp.log(1.0 if config.autotune else config.alpha)
-    optimizers = Optimizers(*(optax.adam(config.q_lr).init(weights) for weights in (actor, critics, log_alpha)))
+    log_alpha = jnp.zeros((), jnp.float32)
+    optimizers = Optimizers(*(optax.adam(0.0).init(weights) for weights in (actor, critics, log_alpha)))
     return Learner(actor, critics, copied(critics), log_alpha, optimizers)
 
 
@@ -535,10 +548,9 @@ def device_name(learner: Learner) -> str:
 def new_stopwatch() -> "Stopwatch":
     compiled = {
         update: jax.jit(update, static_argnames=("config", "timed"), donate_argnames="learner"),
-        actor_gradient: jax.jit(actor_gradient),
         alpha_gradient: jax.jit(alpha_gradient),
     }
-    others = critic_gradient, update_critics, update_actor, update_alpha, update_targets
+    others = critic_gradient, actor_gradient, update_critics, update_actor, update_alpha, update_targets
     compiled |= {function: jax.jit(function, static_argnames="config") for function in others}
     return Stopwatch(jax.block_until_ready, compiled)
 
@@ -551,11 +563,12 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
         np.zeros((config.num_envs, size), np.float32) for size in (envs.observation_dim, envs.action_dim)
     )
     act(learner.actor, observations, noise)
-    to_numpy(learner)  # or the first checkpoint would compile it
     if not config.num_iterations:
         return
-    buffer = ReplayBuffer(config, config.num_envs, envs.observation_dim, envs.action_dim)
-    buffer.add(*(np.zeros((config.num_envs, *array.shape[1:])) for array in buffer.arrays.values()), 0, ())
+    capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
+    few = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
@@ -565,13 +578,13 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
 
 
 @jax.jit
-def policy(actor: Network, observations: np.ndarray, noise: np.ndarray | float) -> Tensor:
+def compiled_policy(actor: Network, observations: np.ndarray, noise: np.ndarray | float) -> Tensor:
     return sample_actions(*actor(observations), noise)
 
 
 # twin: td3_jax sac_jax mpo_jax
 @jax.jit
-def call(network: Network, *inputs: np.ndarray) -> Tensor:
+def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
@@ -610,7 +623,7 @@ def copied(tree):
 def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
     newest = buffer.newest(config.log_interval // config.action_repeat)
-    actions, values = newest["actions"], call(learner.critics, newest["observations"], newest["actions"])
+    actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])
     return {"actions": actions, "values": np.asarray(values)}
 
 
@@ -653,6 +666,7 @@ class ReplayBuffer:
 
     Those of one step of the N environments stand side by side. So the next observation of a transition is the
     observation N places further on and is not stored again, but for the last one of an episode that was truncated.
+    (Where an episode terminated, the next one's first observation stands there, which the targets ignore.)
     """
 
     def __init__(self, config: Config, num_envs: int, observation_dim: int, action_dim: int):
@@ -660,9 +674,10 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
+        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
         available = psutil.virtual_memory().available
         if size > available:
-            what = f"--buffer-size {config.buffer_size}: the replay buffer would take {size / 1e9:.1f} GB"
+            what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"
             raise BadInput(f"{what} of the {available / 1e9:.1f} GB that are free")
         self.arrays = {name: np.zeros((self.num_places, *shape), np.float32) for name, shape in shapes.items()}
         self.arrays |= {name: np.zeros(self.num_places, bool) for name in ("terminated", "truncated")}
@@ -756,6 +771,7 @@ class Environments:
         observations, _ = self.vector.reset(seed=int(seed))
         self.returns, self.lengths = np.zeros((2, self.num_envs))
         self.observations, self.episodes = observations.astype(np.float32), []
+        check_finite(self.config.env_id, observation=self.observations)
 
     # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
     def close(self) -> None:
@@ -803,8 +819,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         if is_filmed:
             importlib.import_module("moviepy")  # missed now, not after the training
         make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs, config.action_repeat)
-        is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
-        if is_async and not is_evaluation:
+        is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
+        if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
             with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
                 return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
@@ -832,10 +848,10 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     is_float_box = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     if not (is_float_box and actions.is_bounded() and (actions.low < actions.high).all()):
         raise ValueError(f"the action space {actions} is not supported; a float Box with finite bounds is")
-    is_image = isinstance(observations, spaces.Box) and len(observations.shape) > 1
+    is_image = isinstance(observations, spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1
     if is_image or not observations.is_np_flattenable or isinstance(observations, spaces.Text):
         raise ValueError(f"the observation space {observations} is not supported; what flattens to a vector is")
-    if not isinstance(observations, spaces.Box):
+    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
@@ -970,6 +986,8 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if self.iteration > config.num_iterations:
+            raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1024,12 +1042,13 @@ class Run:
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
-        if not self.checkpoint:
+        arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
+        if not arrays:
             return learner
         try:
-            memory.from_numpy(self.checkpoint)
+            memory.from_numpy(arrays)
             rng.bit_generator.state = self.rng_state
-            return from_numpy(learner, self.checkpoint)
+            return from_numpy(learner, arrays)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the checkpoint is not of this run: {one_line(error)}"
             raise BadInput(f"--resume {self.directory}: {what}") from error
@@ -1180,12 +1199,17 @@ def cpu_name() -> str:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".part"), "wb") as file:
-        file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
@@ -1246,7 +1270,12 @@ def load_model(path: str, learner: Learner) -> Learner:
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
-        return Path(config.resume), json.loads((Path(config.resume) / "config.json").read_text())["wandb_id"]
+        path = Path(config.resume) / "config.json"
+        run_id = json.loads(path.read_text())["wandb_id"]
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
+        os.replace(path.with_suffix(".part"), path)
+        return path.parent, run_id
     name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
     if (directory / "config.json").exists():
@@ -1269,7 +1298,7 @@ class BadInput(Exception):
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
 class TrainingFailed(Exception):
-    """A number is not finite."""
+    """A number is not finite, or a file cannot be written."""
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -1281,6 +1310,9 @@ def validate(config: Config) -> Config:
         raise BadInput(f"--log-interval {config.log_interval}: must be a multiple of {together}")
     if 0 < config.total_timesteps < config.log_interval:
         raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one --log-interval")
+    if config.total_timesteps and not num_updates(config.num_iterations * config.log_interval, config):
+        learning = f"--learning-starts {config.learning_starts}, --updates-per-step {config.updates_per_step}"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
     if config.buffer_size < config.num_envs:
         raise BadInput(f"--buffer-size {config.buffer_size}: must hold a transition of each of the environments")
     return config

@@ -100,14 +100,14 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, all environments together
+    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
     learning_rate: Positive = 3e-4  # Adam's learning rate, of the policy and the critics
     num_envs: Count = 1  # N, environments that step together
     action_repeat: Count = 1  # times that the environment takes each action; every time is a step
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     learning_starts: Steps = 25_000  # steps with random actions before the first update
     batch_size: Count = 256  # B, transitions of a minibatch
-    updates_per_step: Positive = 1.0  # updates for each transition
+    updates_per_step: Positive = 1.0  # updates for each transition: times N for a step of all environments
     gamma: Fraction = 0.99  # discount factor γ
     tau: Fraction = 0.005  # τ, how far the targets move towards their networks
     policy_frequency: Count = 2  # d: the policy and the targets move at every d-th update
@@ -206,7 +206,7 @@ class Critic(nn.Module):
 
 
 def mlp(x: Tensor, *sizes: int) -> Tensor:
-    """Linear layers with ReLU between them. Weights begin uniform in ±1/√inputs, as in the paper's code; biases 0."""
+    """Linear layers with ReLU between them; weights uniform in ±1/√inputs, as in the paper's code, and biases 0."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     for i, size in enumerate(sizes[:-1]):
         x = nn.relu(nn.Dense(size, kernel_init=uniform, name=f"{2 * i}")(x))  # torch's names, which count the ReLU too
@@ -223,7 +223,7 @@ class Batch(NamedTuple):
     actions: np.ndarray  # (U, B, A)
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
-    next_observations: np.ndarray  # (U, B, O), the true ones also where an episode was truncated
+    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated, unused where it terminated
     noise: np.ndarray  # (U, B, A) on the target actions, not clipped yet
     is_delayed: np.ndarray  # (U,): the policy and the targets move too
 
@@ -333,7 +333,10 @@ def update_targets(learner: Learner, config: Config) -> Learner:
 
 
 def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Metrics]:
-    """One update (TD3 algorithm 1, from "Sample mini-batch" on) on a batch without the axis U"""
+    """One update (TD3 algorithm 1, from "Sample mini-batch" on) on a batch without the axis U
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     gradient, loss, q_mean = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", update_critics, learner, gradient, config)
 
@@ -358,7 +361,7 @@ def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> t
 
 def act(actor: Network, observations: np.ndarray) -> np.ndarray:
     """Greedily: (N, O) -> (N, A)"""
-    return np.asarray(call(actor, observations))
+    return np.asarray(compiled_call(actor, observations))
 
 
 def explore(
@@ -385,9 +388,11 @@ def interact(
     """One step of all environments, into the replay buffer"""
     observations = envs.observations
     actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
-    next_observations, rewards, terminated, truncated, ended = timed("step", envs.step, actions)
-    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=ended)
-    transition = observations, actions, rewards, terminated, truncated, next_observations, ended
+    if not np.isfinite(actions).all():
+        raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
+    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
     timed("sample", buffer.add, *transition)
 
 
@@ -435,13 +440,14 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
+                start, end = run.global_step - config.log_interval, run.global_step
+                for step in range(start, end, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
                         continue
                     batch = stopwatch.timed("sample", sample_batch, buffer, updates, config, rng)
-                    if run.is_timed(iteration):
+                    if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
                         learner, values = update(learner, batch, config, stopwatch.timed)
                     else:
                         arguments = learner, batch, config, stopwatch.fused
@@ -454,6 +460,7 @@ def train(config: Config) -> Result:
                 run.record(means, partial(samples, learner, buffer, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, buffer), rng)
+                    # simulators are not saved: new episodes, here as in a run that is resumed here
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
                     buffer.end_episodes()
             returns = run.conclude(partial(act, learner.actor), partial(state, learner, buffer), rng)
@@ -513,11 +520,12 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     """Compiles what is to be compiled, by updates in either form on zeros; the weights stay as they are."""
     for num_envs in {config.num_envs, config.eval_episodes} - {0}:
         act(learner.actor, np.zeros((num_envs, envs.observation_dim), np.float32))
-    to_numpy(learner)  # or the first checkpoint would compile it
     if not config.num_iterations:
         return
-    buffer = ReplayBuffer(config, config.num_envs, envs.observation_dim, envs.action_dim)
-    buffer.add(*(np.zeros((config.num_envs, *array.shape[1:])) for array in buffer.arrays.values()), 0, ())
+    capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
+    few = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
@@ -529,7 +537,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
 
 # twin: td3_jax sac_jax mpo_jax
 @jax.jit
-def call(network: Network, *inputs: np.ndarray) -> Tensor:
+def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
@@ -576,7 +584,7 @@ def copied(tree):
 def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
     newest = buffer.newest(config.log_interval // config.action_repeat)
-    actions, values = newest["actions"], call(learner.critics, newest["observations"], newest["actions"])
+    actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])
     return {"actions": actions, "values": np.asarray(values)}
 
 
@@ -619,6 +627,7 @@ class ReplayBuffer:
 
     Those of one step of the N environments stand side by side. So the next observation of a transition is the
     observation N places further on and is not stored again, but for the last one of an episode that was truncated.
+    (Where an episode terminated, the next one's first observation stands there, which the targets ignore.)
     """
 
     def __init__(self, config: Config, num_envs: int, observation_dim: int, action_dim: int):
@@ -626,9 +635,10 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
+        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
         available = psutil.virtual_memory().available
         if size > available:
-            what = f"--buffer-size {config.buffer_size}: the replay buffer would take {size / 1e9:.1f} GB"
+            what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"
             raise BadInput(f"{what} of the {available / 1e9:.1f} GB that are free")
         self.arrays = {name: np.zeros((self.num_places, *shape), np.float32) for name, shape in shapes.items()}
         self.arrays |= {name: np.zeros(self.num_places, bool) for name in ("terminated", "truncated")}
@@ -722,6 +732,7 @@ class Environments:
         observations, _ = self.vector.reset(seed=int(seed))
         self.returns, self.lengths = np.zeros((2, self.num_envs))
         self.observations, self.episodes = observations.astype(np.float32), []
+        check_finite(self.config.env_id, observation=self.observations)
 
     # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
     def close(self) -> None:
@@ -769,8 +780,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         if is_filmed:
             importlib.import_module("moviepy")  # missed now, not after the training
         make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs, config.action_repeat)
-        is_async = config.vectorization == "async" or (config.vectorization == "auto" and async_pays(make, num_envs))
-        if is_async and not is_evaluation:
+        is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
+        if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
             with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
                 return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
@@ -798,10 +809,10 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     is_float_box = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     if not (is_float_box and actions.is_bounded() and (actions.low < actions.high).all()):
         raise ValueError(f"the action space {actions} is not supported; a float Box with finite bounds is")
-    is_image = isinstance(observations, spaces.Box) and len(observations.shape) > 1
+    is_image = isinstance(observations, spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1
     if is_image or not observations.is_np_flattenable or isinstance(observations, spaces.Text):
         raise ValueError(f"the observation space {observations} is not supported; what flattens to a vector is")
-    if not isinstance(observations, spaces.Box):
+    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
@@ -936,6 +947,8 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if self.iteration > config.num_iterations:
+            raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -990,12 +1003,13 @@ class Run:
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
-        if not self.checkpoint:
+        arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
+        if not arrays:
             return learner
         try:
-            memory.from_numpy(self.checkpoint)
+            memory.from_numpy(arrays)
             rng.bit_generator.state = self.rng_state
-            return from_numpy(learner, self.checkpoint)
+            return from_numpy(learner, arrays)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the checkpoint is not of this run: {one_line(error)}"
             raise BadInput(f"--resume {self.directory}: {what}") from error
@@ -1146,12 +1160,17 @@ def cpu_name() -> str:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".part"), "wb") as file:
-        file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
@@ -1212,7 +1231,12 @@ def load_model(path: str, learner: Learner) -> Learner:
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
-        return Path(config.resume), json.loads((Path(config.resume) / "config.json").read_text())["wandb_id"]
+        path = Path(config.resume) / "config.json"
+        run_id = json.loads(path.read_text())["wandb_id"]
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
+        os.replace(path.with_suffix(".part"), path)
+        return path.parent, run_id
     name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
     if (directory / "config.json").exists():
@@ -1235,7 +1259,7 @@ class BadInput(Exception):
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
 class TrainingFailed(Exception):
-    """A number is not finite."""
+    """A number is not finite, or a file cannot be written."""
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -1247,6 +1271,9 @@ def validate(config: Config) -> Config:
         raise BadInput(f"--log-interval {config.log_interval}: must be a multiple of {together}")
     if 0 < config.total_timesteps < config.log_interval:
         raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one --log-interval")
+    if config.total_timesteps and not num_updates(config.num_iterations * config.log_interval, config):
+        learning = f"--learning-starts {config.learning_starts}, --updates-per-step {config.updates_per_step}"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
     if config.buffer_size < config.num_envs:
         raise BadInput(f"--buffer-size {config.buffer_size}: must hold a transition of each of the environments")
     return config

@@ -172,7 +172,7 @@ def test_the_buffer_draws_evenly_and_stores_each_observation_once(module):
 @each
 def test_a_buffer_that_does_not_fit_is_refused(module):
     config = configured(module, buffer_size=10**12, total_timesteps=10**13, log_interval=10**6)
-    with pytest.raises(module.BadInput, match=r"--buffer-size 1000000000000: .* would take 26000\.0 GB of"):
+    with pytest.raises(module.BadInput, match=r"--buffer-size 1000000000000: .* would take 52000\.0 GB of"):
         module.train(config)
     module.ReplayBuffer(dataclasses.replace(config, total_timesteps=10**3), 1, 3, 2)  # this run needs no more than that
 
@@ -234,7 +234,7 @@ def test_a_truncation_is_not_terminal(module, flag):
 @each
 def test_repeated_actions_count_as_steps(module, tmp_path):
     """Pendulum's 200 steps with each action taken twice: 100 transitions, whose rewards are sums of two."""
-    config = configured(module, "Pendulum-v1", {}, total_timesteps=400, action_repeat=2, learning_starts=10**6)
+    config = configured(module, "Pendulum-v1", {}, total_timesteps=400, action_repeat=2, learning_starts=300)
     with contextlib.closing(module.Environments(config, 1)) as envs:
         envs.restart(0)
         rewards = [envs.step(np.zeros((1, 1), np.float32))[1][0] for _ in range(100)]
@@ -323,6 +323,19 @@ def test_weights_begin_as_documented(module):
     for name in arrays:
         if name.startswith("target_"):
             assert np.array_equal(arrays[name], arrays[name.removeprefix("target_")])
+
+
+@each
+def test_the_warm_up_compiles_all(module, tmp_path, caplog):
+    """No function is compiled twice by a run, nor any after the clock has started."""
+    flags = {"total_timesteps": 400, "timing_interval": 3, "eval_episodes": 1, "eval_interval": 80}
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        module.train(configured(module, **flags, checkpoint_interval=120, run_dir=str(tmp_path / "run")))
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    names = [re.search(r"jit\((\w+)\)", message)[1] for message in compiled]
+    own = [name for name in names if hasattr(module, name)]
+    assert "update" in own
+    assert max(own.count(name) for name in set(own) - {"compiled_call", "compiled_policy"}) == 1, names
 
 
 @each
@@ -565,6 +578,8 @@ BAD = {
     "--env-id CarRacing-v3": "not supported",
     "--log-interval 1000 --num-envs 3": "must be a multiple of 3 environments x 1 repeats",
     "--total-timesteps 10": "reach one --log-interval",
+    "--total-timesteps 20000 --learning-starts 20000": "ends before the first update",
+    "--total-timesteps 2000 --learning-starts 0 --updates-per-step 1e-5": "ends before the first update",
     "--buffer-size 3 --num-envs 4": "--buffer-size 3",
     "--updates-per-step 0": "--updates-per-step",
     "--tau 1.5": "--tau",

@@ -656,7 +656,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(ppo_torch.TrainingFailed, match="File too large"):
             ppo_torch.save_arrays(path, {"a": np.zeros(10_000)}, {"iteration": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

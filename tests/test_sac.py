@@ -76,7 +76,7 @@ def test_ten_updates_against_torch(autotune):
     with jax.enable_x64(True):
         learner, batch = doubled(sac_jax.new_learner(sizes(), config)), doubled(batch)
         twin = Twin(sac_jax.to_numpy(learner), config.tau)
-        log_alpha = twin.params["log_alpha"]
+        log_alpha = twin.params["log_alpha"] if autotune else torch.tensor(math.log(0.3), dtype=torch.float64)
         adams = {name: torch.optim.Adam(twin.weights(name), lr=lr) for name, lr in (("actor", 1e-2), ("critics", 2e-2))}
         adams["log_alpha"] = torch.optim.Adam([log_alpha], lr=2e-2)
 
@@ -102,8 +102,9 @@ def test_ten_updates_against_torch(autotune):
             policy_loss = (alpha * log_probs - torch.minimum(*twin.q("critics", observations, chosen))).mean()
             descend("actor", policy_loss)
             log_probs = log_probs.detach()
-            temperature_loss = -(log_alpha.exp() * (log_probs - 2)).mean()
+            temperature_loss = torch.zeros(())
             if autotune:
+                temperature_loss = -(log_alpha.exp() * (log_probs - 2)).mean()
                 descend("log_alpha", temperature_loss)
             twin.move_targets("critics")
             losses = loss, torch.stack(q).mean(), policy_loss, -log_probs.mean(), temperature_loss, log_alpha.exp()
