@@ -294,6 +294,21 @@ def test_a_finished_run_goes_on_with_more_timesteps(tmp_path):
     assert tensors(directory / "model.safetensors") != finished
 
 
+def test_a_run_that_was_made_longer_stays_so(start, tmp_path):
+    """Resumed with more steps and stopped, it goes on to the new end without a flag, and not back to fewer steps."""
+    directory = tmp_path / "run"
+    assert main(*SILENT, "--run-dir", directory).code == 0
+    process = start("--resume", directory, "--total-timesteps", "320000")
+    wait_for(lambda: step_of(checkpoints(directory)[-1]) > LAST_STEP, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.end().code == 143
+    assert json.loads((directory / "config.json").read_text())["total_timesteps"] == 320_000
+    assert_refused(main("--resume", directory, "--total-timesteps", "320"), "--total-timesteps 320", "already")
+    step = step_of(checkpoints(directory)[-1])
+    assert main("--resume", directory, "--total-timesteps", str(step)).code == 0
+    assert step_of(checkpoints(directory)[-1]) == step
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     flags = [*SILENT, *NORMALISED]
     assert main(*flags, "--run-dir", tmp_path / "run").code == 0
