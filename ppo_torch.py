@@ -214,6 +214,7 @@ class NatureCNN(nn.Sequential):
         return super().forward(images.to(self[0].weight.dtype, memory_format=channels_last) / 255)
 
 
+# twin: ppo_torch vpg_torch
 def initialised(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights (Saxe et al. 2014) times a gain, biases zero."""
     nn.init.orthogonal_(layer.weight, gain)
@@ -290,6 +291,7 @@ def log_probs_and_entropies(
     return reduce(torch.add, log_probs), reduce(torch.add, entropies)
 
 
+# twin: ppo_torch vpg_torch
 def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
@@ -472,7 +474,7 @@ def collect_rollout(
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 class Result(NamedTuple):
     learner: Learner
     evaluation_returns: list[float]  # of each episode
@@ -515,7 +517,7 @@ def train(config: Config) -> Result:
     return Result(learner, returns, run.directory)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax vpg_torch
 def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
     """All that a checkpoint keeps as arrays"""
     return to_numpy(learner) | envs.to_numpy()
@@ -644,7 +646,7 @@ class Environments:
         self.lives, self.episodes = info["lives"] if self.is_atari else None, []
         self.observations = self.normalize(observations)
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
     def close(self) -> None:
         try:
             self.vector.close()
@@ -707,7 +709,7 @@ class Environments:
     def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
         self.statistics = {name: arrays[name] for name in self.statistics}
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -776,7 +778,7 @@ def quieten_mujoco(env_id: str) -> None:
         importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """SIGINT and SIGTERM take effect at the end."""
@@ -792,7 +794,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     """Whether processes save more than the 40 µs an environment that talking to them costs."""
     with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
@@ -824,14 +826,14 @@ def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     return actions.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
             raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def evaluate(
     act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
 ) -> list[float]:
@@ -866,7 +868,7 @@ SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms cos
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 class Stopwatch:
     """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
     with a slash is part of another."""
@@ -901,7 +903,7 @@ class Stopwatch:
         return seconds
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
@@ -1111,7 +1113,7 @@ class Run:
         return returns
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.search(r"model name\s*: (.*)", info)
@@ -1121,7 +1123,7 @@ def cpu_name() -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -1138,7 +1140,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
         raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1151,7 +1153,7 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
         raise BadInput(f"cannot use {path}: {one_line(error)}") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -1159,12 +1161,12 @@ def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def has_checkpoint(config: Config) -> bool:
     return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
@@ -1194,7 +1196,7 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     return from_numpy(learner, arrays)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
@@ -1219,12 +1221,12 @@ def open_directory(config: Config) -> tuple[Path, str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 class BadInput(Exception):
     """The run cannot begin; the message says what would be right."""
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
     """A number is not finite, or a file cannot be written."""
 
@@ -1241,7 +1243,7 @@ def validate(config: Config) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def checked_fields(config: Config) -> Config:
     try:
         config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
@@ -1254,7 +1256,7 @@ def checked_fields(config: Config) -> Config:
     raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse(arguments: list[str], default: Config) -> Config:
     """The command line as tyro reads it, its boxed complaints as one line."""
     complaints = io.StringIO()
@@ -1267,7 +1269,7 @@ def parse(arguments: list[str], default: Config) -> Config:
         raise
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
     """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
     config = parse(arguments, Config())
@@ -1288,17 +1290,17 @@ def parse_config(arguments: list[str]) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))

@@ -1,0 +1,668 @@
+"""vpg_torch.py: its equations against literals, NumPy and torch.distributions, actions of several parts against an
+environment whose optimum is known for each, and several processes against one.
+
+Where a test gives a tolerance without a word it is the rounding of float64 (1e-12), relative to numbers of about 1.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from scipy import special, stats
+from torch.distributions import Categorical, Normal
+
+import vpg_torch
+from tests.test_ppo_torch import inspect, slow_gae, watched_clock
+from tests.test_reliability import ROOT, Process, assert_same_model, checkpoints, lines, step_of, wait_for
+from vpg_torch import (
+    Batch,
+    Config,
+    Environments,
+    Learner,
+    Part,
+    Policy,
+    act,
+    action_noise,
+    action_parts,
+    collect,
+    environment_actions,
+    gae,
+    leaves,
+    log_probs_and_entropies,
+    mapped,
+    new_learner,
+    policy_loss,
+    sample_actions,
+    targets,
+    train,
+    update,
+    value_loss,
+    with_gradient,
+)
+
+MIXED = spaces.Dict(
+    {
+        "gear": spaces.Discrete(3, start=-1),
+        "arm": spaces.Tuple(
+            [
+                spaces.MultiDiscrete([2, 3], start=[5, -7]),
+                spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32)),
+                spaces.Dict({"free": spaces.Box(-np.inf, np.inf, (1, 2), np.float64)}),
+            ]
+        ),
+    }
+)
+PARTS = {"arm": (Part((2,), (2, 3)), Part((2,)), {"free": Part((1, 2))}), "gear": Part((), (3,))}
+CALL = lambda phase, function, *arguments: function(*arguments)  # noqa: E731
+
+
+class Mixed(gym.Env):
+    """Shows a sign, anew in each of 10 steps, and gives a point for each entry of the action that is right for it: the
+    very choice, or less by the square of the distance, in halves of the range or, unbounded, in ones."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = MIXED
+    RIGHT = {  # noqa: RUF012
+        -1: {"gear": 1, "arm": ([5, -5], [0.5, 1.0], {"free": [[1.0, -2.0]]})},
+        1: {"gear": -1, "arm": ([6, -7], [-0.5, 3.0], {"free": [[-1.5, 0.5]]})},
+    }
+    OPTIMUM = 10 * 7
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation(), {}
+
+    def observation(self):
+        self.sign = self.np_random.choice([-1, 1])
+        return np.array([self.sign], np.float32)
+
+    def points(self, action) -> dict[str, float]:
+        """Of each part"""
+        right = self.RIGHT[int(self.sign)]
+        (pair, box, nested), (best_pair, best_box, best_nested) = action["arm"], right["arm"]
+        return {
+            "gear": float(action["gear"] == right["gear"]),
+            "pair": float(np.sum(np.equal(pair, best_pair))),
+            "box": float(2 - np.sum(((box - best_box) / [1.0, 2.0]) ** 2)),
+            "free": float(2 - np.sum((nested["free"] - best_nested["free"]) ** 2)),
+        }
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward = sum(self.points(action).values())
+        self.steps += 1
+        return self.observation(), reward, False, self.steps == 10, {}
+
+
+class Refused(Mixed):
+    """Spaces by name"""
+
+    SPACES = {  # noqa: RUF012
+        "text": spaces.Text(5),
+        "graph": spaces.Graph(spaces.Box(0, 1, (2,), np.float32), None),
+        "inside": spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Tuple([spaces.Text(5)])}),
+        "integers": spaces.Box(0, 5, (2,), np.int64),
+    }
+
+    def __init__(self, name: str, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.action_space = self.SPACES[name]
+
+
+for environment in (Mixed, Refused):
+    if f"{environment.__name__}-v0" not in gym.registry:  # pytest and gymnasium import this file by two names
+        gym.register(f"{environment.__name__}-v0", environment, disable_env_checker=True)
+
+SMALL = {"num_envs": 2, "num_steps": 16, "vectorization": "sync", "value_iters": 3, "hidden_sizes": (8,)}
+MIXED_SMALL = Config(env_id="tests.test_vpg:Mixed-v0", **SMALL)
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def random_policy(parts=PARTS, observation_dim: int = 3, **flags) -> Policy:
+    """Its weights and log-stds are off their initial values."""
+    torch.manual_seed(3)
+    policy = Policy(observation_dim, parts, Config(hidden_sizes=(7, 6), **flags))
+    for parameter in policy.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return policy
+
+
+def random_batch(shape: tuple[int, int] = (9, 4), parts=PARTS, observation_dim: int = 3, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    observations, next_observations = rng.normal(size=(2, *shape, observation_dim))
+
+    def actions(part: Part) -> np.ndarray:
+        entries = np.stack([rng.integers(n, size=shape) for n in part.choices], -1) if part.choices else None
+        return rng.normal(size=(*shape, *part.shape)) if entries is None else entries.reshape(*shape, *part.shape)
+
+    terminated, truncated = rng.random((2, *shape)) < 0.2
+    return Batch(observations, mapped(actions, parts), rng.normal(size=shape), terminated, truncated, next_observations)
+
+
+def weights(learner: Learner) -> dict[str, np.ndarray]:
+    return {name: x.copy() for name, x in vpg_torch.to_numpy(learner).items() if not name.startswith("optimizer.")}
+
+
+# ------------------------------------------------------------------------------------------------- nested actions
+
+
+def test_parts_of_spaces():
+    assert action_parts(MIXED) == PARTS
+    assert action_parts(spaces.Discrete(4)) == Part((), (4,))
+    assert action_parts(spaces.Tuple([spaces.Box(-1, 1, ())])) == (Part(()),)
+    assert action_parts(spaces.MultiDiscrete([[2, 3], [4, 5]])) == Part((2, 2), (2, 3, 4, 5))
+
+
+def test_dicts_match_by_key_not_by_order():
+    assert leaves({"a": 1, "b": (2, 3)}, {"b": (20, 30), "a": 10}) == [(1, 10), (2, 20), (3, 30)]
+
+
+@pytest.mark.parametrize("vector_class", [SyncVectorEnv, partial(AsyncVectorEnv, context="forkserver")])
+def test_environments_take_what_the_policy_gives(vector_class):
+    """Every environment gets an action that its space contains (it asserts that), and the points for its own."""
+    signs = np.array([[1.0], [-1.0], [1.0]], np.float32)
+    with contextlib.closing(vector_class([Mixed] * 3, autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
+        signs, _ = vector.reset(seed=0)
+        right = {
+            "gear": np.where(signs[:, 0] > 0, 0, 2),
+            "arm": (
+                np.where(signs > 0, [1, 0], [0, 2]),
+                np.where(signs > 0, [-0.5, 0.5], [0.5, -0.5]).astype(np.float32),
+                {"free": np.where(signs > 0, [-1.5, 0.5], [1.0, -2.0])[:, None]},
+            ),
+        }
+        _, rewards, *_ = vector.step(environment_actions(right, MIXED))
+        np.testing.assert_allclose(rewards, Mixed.OPTIMUM / 10)
+        right["arm"][1][1] = [-7, 9]  # clipped to its bounds on the way
+        _, rewards, *_ = vector.step(environment_actions(right, MIXED))
+    assert right["arm"][1][1].tolist() == [-7, 9]
+
+
+def test_a_batch_keeps_the_structure_of_its_actions():
+    with contextlib.closing(Environments(MIXED_SMALL, 2)) as envs:
+        envs.restart(0)
+        learner = new_learner(envs.observation_dim, envs.parts, MIXED_SMALL)
+        batch = collect(learner.policy, envs, MIXED_SMALL, np.random.default_rng(0), CALL)
+    shapes = mapped(lambda part, x: (x.shape, x.dtype), envs.parts, batch.actions)
+    integers, floats = np.dtype(np.int64), np.dtype(np.float32)
+    arm = ((16, 2, 2), integers), ((16, 2, 2), floats), {"free": ((16, 2, 1, 2), floats)}
+    assert shapes == {"arm": arm, "gear": ((16, 2), integers)}
+    assert np.abs(batch.actions["arm"][1]).max() > 1  # as it was sampled, beyond its bounds
+    assert set(batch.actions["gear"].ravel()) == {0, 1, 2}
+    rewards = batch.rewards.copy()
+    ends = batch.truncated
+    assert ends[9].all() and ends.sum() == 2 and not batch.terminated.any()
+    np.testing.assert_array_equal(batch.next_observations[:9], batch.observations[1:10])
+    assert np.isfinite(rewards).all()
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+
+
+def test_gae_is_that_of_the_double_loop():
+    batch, rng = random_batch((40, 6)), np.random.default_rng(1)
+    values, next_values = rng.normal(size=(2, 40, 6))
+    arrays = (batch.rewards, values, next_values, batch.terminated, batch.terminated | batch.truncated)
+    found = gae(*(torch.from_numpy(array).double() for array in arrays), 0.97, 0.9)
+    np.testing.assert_allclose(found, slow_gae(*arrays, 0.97, 0.9), rtol=0, atol=1e-12)
+
+
+def test_rewards_to_go(double_precision):
+    """γ = 1/2 and V(s) = s. Columns: the batch ends at s' = 8; terminated in the second step; truncated there at
+    s' = 16; both flags there, which cuts as termination does. The next row then begins another episode."""
+    rewards = np.array([[1.0], [2.0], [4.0]]).repeat(4, 1)
+    observations = np.zeros((3, 4, 1))
+    next_observations = np.array([[0.0] * 4, [0, 16, 16, 16], [8.0] * 4])[..., None]
+    flags = np.zeros((2, 3, 4))
+    flags[0, 1, [1, 3]] = flags[1, 1, [2, 3]] = 1
+    batch = Batch(observations, (), rewards, *flags, next_observations)
+    critic = torch.nn.Sequential(torch.nn.Identity())
+    batch = Batch(*(torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in batch))
+    values, advantages, returns = targets(critic, batch, Config(gamma=0.5, gae_lambda=0.5))
+    assert returns.tolist() == [[4, 2, 6, 2], [6, 2, 10, 2], [8, 8, 8, 8]]
+    assert not values.any()
+    assert advantages.tolist() == [[1 + (2 + 8 / 4) / 4, 1.5, 3.5, 1.5], [4, 2, 10, 2], [8, 8, 8, 8]]
+
+
+def reference_log_probs(policy: Policy, observations, actions):
+    """By torch.distributions, entry by entry, from the weights' names"""
+    named = dict(policy.named_parameters())
+    x = observations
+    for layer in (0, 2):
+        x = (x @ named[f"trunk.{layer}.weight"].T + named[f"trunk.{layer}.bias"]).tanh()
+    outputs = [x @ named[f"heads.{i}.weight"].T + named[f"heads.{i}.bias"] for i in range(len(policy.heads))]
+    (pair, box, free), gear = actions["arm"], actions["gear"]
+    drawn = [(Categorical(logits=outputs[0][..., :2]), pair[..., 0])]
+    drawn += [(Categorical(logits=outputs[0][..., 2:]), pair[..., 1]), (Categorical(logits=outputs[3]), gear)]
+    for i, continuous in ((1, box), (2, free["free"][..., 0, :])):
+        std = named[f"log_stds.{i}"].exp()
+        drawn += [(Normal(outputs[i][..., k], std[k]), continuous[..., k]) for k in range(2)]
+    return sum(of.log_prob(x) for of, x in drawn), sum(of.entropy() for of, _ in drawn)
+
+
+def tensor_batch(policy: Policy, batch: Batch) -> Batch:
+    return Batch(*vpg_torch.to_tensors(policy, batch))
+
+
+def test_log_probs_and_entropies_add_over_parts(double_precision):
+    policy = random_policy()
+    batch = tensor_batch(policy, random_batch())
+    found = log_probs_and_entropies(policy, batch.observations, batch.actions)
+    expected = reference_log_probs(policy, batch.observations, batch.actions)
+    assert found[0].shape == found[1].shape == (9, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_policy_gradient_is_the_sum_of_weighted_scores(double_precision):
+    """- mean of Â ∇ log π, one sample at a time, - c₂ ∇ entropy; and the loss by finite differences."""
+    policy = random_policy()
+    batch, ent_coef = tensor_batch(policy, random_batch()), 0.3
+    advantages = torch.from_numpy(np.random.default_rng(2).normal(size=(9, 4)))
+    gradient, (loss, score, entropy, log_probs) = with_gradient(policy_loss, policy, batch, advantages, ent_coef)
+    expected_log_probs, entropies = reference_log_probs(policy, batch.observations, batch.actions)
+    torch.testing.assert_close(log_probs, expected_log_probs, rtol=0, atol=1e-12)
+    assert loss.item() == pytest.approx(score.item() - ent_coef * entropy.item(), abs=1e-12)
+    assert entropy.item() == pytest.approx(entropies.mean().item(), abs=1e-12)
+
+    def flat_gradient(x):
+        gradients = torch.autograd.grad(x, policy.parameters(), retain_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in gradients])
+
+    scores = [flat_gradient(log_prob) for log_prob in expected_log_probs.flatten()]
+    expected = -sum(a * s for a, s in zip(advantages.flatten(), scores, strict=True)) / 36
+    expected -= ent_coef * flat_gradient(entropies.mean())
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+    direction = torch.from_numpy(np.random.default_rng(4).normal(size=len(gradient)))
+    vector = torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
+    either_side = []
+    for step in (1e-5, -1e-5):
+        torch.nn.utils.vector_to_parameters(vector + step * direction, policy.parameters())
+        either_side.append(policy_loss(policy, batch, advantages, ent_coef)[0].item())
+    slope = (either_side[0] - either_side[1]) / 2e-5
+    assert slope == pytest.approx((gradient @ direction).item(), rel=1e-8)
+
+
+def test_value_loss():
+    critic = torch.nn.Sequential(torch.nn.Identity())
+    batch = Batch(torch.tensor([[[1.0], [4.0]]]), *[None] * 5)
+    assert value_loss(critic, batch, torch.tensor([[3.0, 3.0]]))[0].item() == (4 + 1) / 4
+
+
+def test_kl_estimates():
+    policy = random_policy({"a": Part((), (2,))})
+    batch = tensor_batch(policy, random_batch(parts={"a": Part((), (2,))}))
+    log_probs, _ = log_probs_and_entropies(policy, batch.observations, batch.actions)
+    kl = vpg_torch.kl_divergence(policy, batch, log_probs.detach() - np.log(2))  # twice as likely now
+    assert kl["approx_kl"].item() == pytest.approx(1 - np.log(2), abs=1e-6)
+    assert kl["old_approx_kl"].item() == pytest.approx(-np.log(2), abs=1e-6)
+
+
+def test_normalised():
+    found = vpg_torch.normalised(torch.tensor([[1.0, 3.0], [5.0, 7.0]]).double())
+    np.testing.assert_allclose(found, np.array([[-3, -1], [1, 3]]) / np.sqrt(5), rtol=0, atol=1e-7)
+    assert vpg_torch.normalised(torch.ones(2, 3)).tolist() == [[0] * 3] * 2
+
+
+def test_actions_without_noise_are_the_most_likely():
+    outputs = [np.array([[0.1, 0.3, 5, -1, 2], [1, -4, 0, 0.5, 0.2]]), np.array([[7.0, 8], [9, 10]])]
+    actions = sample_actions(outputs, (Part((2,), (2, 3)), {"a": Part((1, 2))}))
+    assert actions[0].tolist() == [[1, 0], [0, 1]]
+    assert actions[1]["a"].tolist() == [[[7, 8]], [[9, 10]]]
+
+
+def test_actions_follow_the_distribution():
+    policy = random_policy()
+    observation = np.full((1, 3), 0.5, np.float32)
+    outputs = [head.detach().numpy()[0] for head in policy(torch.from_numpy(observation))]
+    noise = action_noise(np.random.default_rng(0), (20_000,), policy)
+    (pair, box, free), gear = (actions := act(policy, observation, noise))["arm"], actions["gear"]
+    for drawn, logits in (pair[:, 0], outputs[0][:2]), (pair[:, 1], outputs[0][2:]), (gear, outputs[3]):
+        counts = np.bincount(drawn, minlength=len(logits))
+        assert stats.chisquare(counts, 20_000 * special.softmax(logits.astype(float))).pvalue > 0.01
+    for drawn, mean, log_std in (
+        (box, outputs[1], policy.log_stds[1].detach()),
+        (free["free"][:, 0], outputs[2], policy.log_stds[2].detach()),
+    ):
+        for k in range(2):
+            assert stats.kstest(drawn[:, k], stats.norm(mean[k], log_std[k].exp().item()).cdf).pvalue > 0.01
+    columns = [pair[:, 0], pair[:, 1], gear, *box.T, *free["free"][:, 0].T]
+    correlations = np.corrcoef(columns)[np.triu_indices(7, 1)]
+    assert np.abs(correlations).max() < 4.5 / np.sqrt(20_000)
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def adam(vector: np.ndarray, gradients: list[np.ndarray], rate: float) -> np.ndarray:
+    """Kingma & Ba 2014, Algorithm 1"""
+    first = second = np.zeros_like(vector)
+    for step, gradient in enumerate(gradients, 1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        vector = vector - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return vector
+
+
+def test_one_policy_step_and_k_value_steps(double_precision):
+    """In the order of the pseudo-code: advantages and targets from the value function before its own steps."""
+    config = Config(value_iters=3, hidden_sizes=(7,), policy_lr=0.01, value_lr=0.02)
+    data = random_batch()
+    learner, reference = (new_learner(3, PARTS, config) for _ in range(2))
+    batch = tensor_batch(reference.critic, data)
+    _, advantages, returns = targets(reference.critic, batch, config)
+    advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    gradient, results = with_gradient(policy_loss, reference.policy, batch, advantages, 0.0)
+    (vector,) = reference.policy_optimizer.param_groups[0]["params"]
+    expected_policy = adam(vector.detach().numpy(), [gradient.numpy()], 0.01)
+    value_losses = []
+    for _ in range(3):
+        value_gradient, (loss,) = with_gradient(value_loss, reference.critic, batch, returns)
+        value_losses.append(loss.item())
+        vpg_torch.descend(reference.critic_optimizer, value_gradient)
+    returned, metrics = update(learner, data, config)
+    assert returned is learner
+    found = torch.nn.utils.parameters_to_vector(learner.policy.parameters()).detach().numpy()
+    np.testing.assert_allclose(found, expected_policy, rtol=0, atol=1e-12)
+    for a, b in zip(learner.critic.parameters(), reference.critic.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert metrics["losses/value_loss"] == pytest.approx(np.mean(value_losses), abs=1e-12)
+    assert metrics["losses/grad_norm"] == pytest.approx(gradient.norm().item(), abs=1e-12)
+    assert metrics["losses/policy_loss"] == pytest.approx(results[1].item(), abs=1e-12)
+    errors = returns - targets(new_learner(3, PARTS, config).critic, batch, config)[0]
+    assert metrics["losses/explained_variance"] == pytest.approx((1 - errors.var() / returns.var()).item(), abs=1e-9)
+    assert metrics["losses/approx_kl"] > 0
+
+
+def test_timed_and_fused_give_the_same_weights():
+    config, data = Config(**SMALL), random_batch()
+    stopwatch = vpg_torch.Stopwatch(lambda result: None, {})
+    learners = []
+    for timed in (stopwatch.timed, stopwatch.fused):
+        learner = new_learner(3, PARTS, config)
+        for seed in range(3):
+            learner, _ = update(learner, random_batch(seed=seed), config, timed)
+        learners.append(weights(learner))
+    assert data.rewards.shape == (9, 4)
+    for name in learners[0]:
+        assert np.array_equal(learners[0][name], learners[1][name]), name
+    seconds = stopwatch.seconds
+    assert seconds["loss"] >= seconds["loss/policy"] + seconds["loss/value"]
+
+
+def test_a_bandit_is_learnt_from_data_alone():
+    snippet = re.search(
+        r"```python\n(import numpy as np\nfrom vpg_torch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
+    found = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert found.stdout.strip() == "{'arm': array([2])}", found.stderr
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_every_part_of_a_mixed_action_is_learnt(tmp_path):
+    flags = {"total_timesteps": 60_000, "num_envs": 16, "num_steps": 32, "value_iters": 10, "vectorization": "sync"}
+    flags |= {"gamma": 0.0, "wandb_mode": "disabled"}  # no step has a part in the next
+    config = Config(env_id="tests.test_vpg:Mixed-v0", run_dir=str(tmp_path / "run"), **flags)
+    result = train(config)
+    assert np.mean(result.evaluation_returns) > 0.95 * Mixed.OPTIMUM
+    for sign in (-1, 1):
+        env = Mixed()
+        env.sign = sign
+        actions = act(result.learner.policy, np.array([[sign]], np.float32))
+        points = env.points(mapped(lambda x: x[0], environment_actions(actions, MIXED)))
+        assert points["gear"] == 1 and points["pair"] == 2
+        assert points["box"] > 1.9 and points["free"] > 1.9, points
+
+
+def test_cartpole_is_learnt(tmp_path):
+    config = Config(total_timesteps=60_000, vectorization="sync", run_dir=str(tmp_path / "run"))
+    result = train(config)
+    assert np.mean(result.evaluation_returns) > 150
+    _, rows = inspect(tmp_path / "run")
+    keys = {key for row in rows for key in row}
+    names = "policy_loss value_loss entropy approx_kl old_approx_kl explained_variance grad_norm"
+    assert {f"losses/{name}" for name in names.split()} <= keys
+    phases = "forward step gae loss loss/policy loss/value kl weight_update other iteration record update"
+    assert {f"times/{name}" for name in phases.split()} <= keys
+    histograms = ["actions", "advantages", "values", "episodic_return", "episodic_length"]
+    assert {f"histograms/{name}._type" for name in histograms} <= keys
+    assert {"charts/episodic_return", "charts/learning_rate", "charts/SPS", "charts/evaluation_return"} <= keys
+
+
+@pytest.mark.parametrize("timing_interval", [1, 0])
+def test_the_phases_partition_the_run(timing_interval, tmp_path, monkeypatch):
+    flags = {"num_steps": 512, "timing_interval": timing_interval, "eval_interval": 8192, "vectorization": "sync"}
+    config = Config(total_timesteps=10 * 2048, run_dir=str(tmp_path / "run"), **flags)
+    clock = watched_clock(vpg_torch, monkeypatch)
+    train(config)
+    _, rows = inspect(tmp_path / "run")
+    inside = outside = iterations = 0
+    for row in rows:
+        number = row.get("charts/iteration", iterations) - iterations
+        iterations += number
+        inside += row.get("times/iteration", 0) * number
+        outside += sum(row.get(f"times/{phase}", 0) for phase in ("evaluation", "checkpoint"))
+    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
+    timed = [row for row in rows if "times/loss" in row]
+    assert len(timed) == 10 * timing_interval
+    phases = ("forward", "step", "gae", "loss", "kl", "weight_update", "record", "other")
+    for row in timed:
+        assert row["times/other"] >= 0
+        assert sum(row[f"times/{name}"] for name in phases) == pytest.approx(row["times/iteration"], rel=1e-6)
+        assert row["times/loss/policy"] + row["times/loss/value"] <= row["times/loss"]
+    if timed:
+        assert np.median([row["times/other"] / row["times/iteration"] for row in timed]) < 0.1
+
+
+def script(*flags) -> tuple[int, list[str]]:
+    """Exit code and stderr of the script in this process"""
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["vpg_torch.py", *map(str, flags)])
+        try:
+            code = vpg_torch.main()
+        except SystemExit as stop:
+            code = stop.code
+    return code, lines(err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env-id", "tests.test_vpg:Refused-v0", "--env-kwargs", f'{{"name": "{name}"}}'], ["action space", word])
+        for name, word in [("text", "Text"), ("graph", "Graph"), ("inside", "Text"), ("integers", "int64")]
+    ]
+    + [
+        (["--env-id", "Nonsense-v0"], ["Nonsense"]),
+        (["--env-id", "tests.environments:Picture-v0"], ["observation space"]),
+        (["--num-envs", "0"], ["--num-envs"]),
+        (["--total-timesteps", "100"], ["--total-timesteps"]),
+        (["--num-envs", "1", "--num-steps", "1"], ["--num-steps"]),
+        (["--policy-lr", "nan"], ["--policy-lr"]),
+        (["--load-model", "nowhere.safetensors"], ["nowhere"]),
+        (["--resume", "nowhere"], ["nowhere"]),
+        (["--learning-rate", "1"], ["learning-rate"]),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, tmp_path):
+    code, err = script(*flags, "--run-dir", tmp_path / "run") if "--resume" not in flags else script(*flags)
+    assert code == 2
+    assert len(err) == 1 and err[0].startswith("vpg_torch.py: "), err
+    assert all(word in err[0] for word in words), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_not_a_number_is_named(tmp_path):
+    flags = ["--env-id", "tests.environments:NotANumber-v0", "--num-envs", "1", "--num-steps", "16"]
+    code, err = script(*flags, "--run-dir", tmp_path / "run", "--wandb-mode", "disabled", "--vectorization", "sync")
+    assert code == 1 and "observation that is not finite" in err[-1]
+
+
+FLAGS = ["--num-envs", "2", "--num-steps", "16", "--eval-episodes", "1", "--vectorization", "sync"]
+FLAGS += ["--wandb-mode", "disabled", "--value-iters", "3", "--env-id", "tests.test_vpg:Mixed-v0"]
+VPG = partial(Process, script=ROOT / "vpg_torch.py")
+
+
+def test_killed_and_resumed(tmp_path):
+    """kill -9 after a checkpoint; the resumed run ends with the very bytes of one that was not killed."""
+    flags = [*FLAGS, "--total-timesteps", "3200", "--checkpoint-interval", "320"]
+    process = VPG(tmp_path / "killed output", *flags, "--run-dir", tmp_path / "killed")
+    wait_for(lambda: len(checkpoints(tmp_path / "killed")) == 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    assert not (tmp_path / "killed/model.safetensors").exists()
+    assert script("--resume", tmp_path / "killed")[0] == 0
+    assert script(*flags, "--run-dir", tmp_path / "reference")[0] == 0
+    assert_same_model(tmp_path / "killed", tmp_path / "reference")
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path):
+    flags = [*FLAGS, "--total-timesteps", "1000000", "--checkpoint-interval", "320"]
+    process = VPG(tmp_path / "output", *flags, "--run-dir", tmp_path / "run")
+    wait_for(lambda: checkpoints(tmp_path / "run"), process)
+    os.kill(process.pid, signal.SIGTERM)
+    outcome = process.end()
+    assert outcome.code == 143 and f"--resume {tmp_path / 'run'}" in outcome.err[-1]
+    step = step_of(checkpoints(tmp_path / "run")[-1])
+    assert script("--resume", tmp_path / "run", "--total-timesteps", step + 64)[0] == 0
+    assert step_of(checkpoints(tmp_path / "run")[-1]) == step + 64
+
+
+def test_a_saved_model_acts_the_same(tmp_path):
+    flags = {"wandb_mode": "disabled", "eval_episodes": 3}
+    config = dataclasses.replace(MIXED_SMALL, total_timesteps=640, run_dir=str(tmp_path / "run"), **flags)
+    trained = train(config)
+    model = str(tmp_path / "run" / "model.safetensors")
+    flags = {"total_timesteps": 0, "load_model": model, "run_dir": str(tmp_path / "again"), "seed": config.seed}
+    loaded = train(dataclasses.replace(config, **flags))
+    assert loaded.evaluation_returns == trained.evaluation_returns
+    for name, x in weights(trained.learner).items():
+        assert np.array_equal(x, weights(loaded.learner)[name]), name
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+
+# Updates from data, in a process of torchrun with its part of the columns of each batch.
+WORKER = """
+import os, pickle, sys
+sys.path.insert(0, os.getcwd())
+import numpy as np, torch
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+import vpg_torch
+from tests import test_vpg
+number = int(os.environ["WORLD_SIZE"])
+config = vpg_torch.Config(value_iters=5, hidden_sizes=(7,), num_envs=4 // number, num_steps=9, ent_coef=0.1)
+with vpg_torch.processes(config) as own_config:
+    learner = vpg_torch.new_learner(3, test_vpg.PARTS, config)
+    rank = int(os.environ["RANK"])
+    own = slice(rank * config.num_envs, (rank + 1) * config.num_envs)
+    assert config.iteration_steps == 36 and (own_config.seed == config.seed) == (rank == 0)
+    for seed in range(3):
+        batch = vpg_torch.mapped(lambda x: x[:, own], tuple(test_vpg.random_batch(seed=seed)))
+        learner, metrics = vpg_torch.update(learner, vpg_torch.Batch(*batch), config)
+    np.savez(f"{sys.argv[1]}/{number}-{rank}.npz", **vpg_torch.to_numpy(learner), **metrics)
+"""
+
+
+def torchrun(folder: Path, number: int, *command, **options) -> Process:
+    prefix = ("-m", "torch.distributed.run", "--nproc-per-node", str(number), "--master-port", "0")
+    prefix += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    return Process(folder, *command[1:], prefix=prefix, script=command[0], **options)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+def test_two_processes_with_half_the_batch_each_update_as_one_with_all(dtype, tolerance, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    for number in (1, 2):
+        outcome = torchrun(tmp_path / "output", number, tmp_path / "worker.py", tmp_path, dtype).end()
+        assert outcome.code == 0, outcome.err
+    one, first, second = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("1-0", "2-0", "2-1"))
+    untrained = vpg_torch.to_numpy(new_learner(3, PARTS, Config(hidden_sizes=(7,))))
+    for name in one:
+        assert np.array_equal(first[name], second[name]), name
+        np.testing.assert_allclose(first[name], one[name], rtol=tolerance, atol=tolerance, err_msg=name)
+        if name in untrained and untrained[name].size:
+            assert np.abs(one[name] - untrained[name]).max() > 1e-4, name
+
+
+def test_a_run_of_two_processes(tmp_path):
+    """One run directory, written by the first; killed and resumed it ends with the same bytes."""
+    script = ROOT / "vpg_torch.py"
+    flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "320"]
+    outcome = torchrun(tmp_path / "o1", 2, script, *flags, "--run-dir", tmp_path / "run").end()
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("evaluation:") == outcome.out.count("written to") == 1
+    names = {"checkpoints", "config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 1
+    assert step_of(checkpoints(tmp_path / "run")[-1]) == 1600 // 64 * 64  # steps of both
+
+    killed = torchrun(
+        tmp_path / "o2", 2, script, *flags[:-2], "--checkpoint-interval", "320", "--run-dir", tmp_path / "k"
+    )
+    wait_for(lambda: len(checkpoints(tmp_path / "k")) == 2, killed)
+    for pid in [*killed.children(), killed.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    killed.popen.wait()
+    assert not (tmp_path / "k/model.safetensors").exists()
+    outcome = torchrun(tmp_path / "o3", 2, script, "--resume", tmp_path / "k").end()
+    assert outcome.code == 0, outcome.err
+    assert_same_model(tmp_path / "k", tmp_path / "run")
+
+
+def test_sigterm_stops_all_processes_with_a_checkpoint(tmp_path):
+    flags = [*FLAGS, "--total-timesteps", "10000000", "--checkpoint-interval", "320"]
+    process = torchrun(tmp_path / "output", 2, ROOT / "vpg_torch.py", *flags, "--run-dir", tmp_path / "run")
+    wait_for(lambda: checkpoints(tmp_path / "run"), process)
+    os.kill(process.pid, signal.SIGTERM)
+    outcome = process.end()
+    assert outcome.code != 0
+    assert sum("go on with" in line for line in outcome.err) == 1, outcome.err
+    assert not any('vpg_torch.py", line' in line for line in outcome.err), outcome.err
+    assert not (tmp_path / "run/model.safetensors").exists()
+    wait_for(lambda: not process.children())
+    step = step_of(checkpoints(tmp_path / "run")[-1])
+    assert script("--resume", tmp_path / "run", "--total-timesteps", step + 64)[0] == 0  # in one process
+
+
+def test_processes_with_other_weights_are_found_out(tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nimport vpg_torch\n"
+        "step = vpg_torch.descend\n"
+        "def descend(optimizer, gradient):\n"
+        "    norm = step(optimizer, gradient)\n"
+        "    optimizer.param_groups[0]['params'][0].data[0] += 1e-6 * int(os.environ['RANK'])\n"
+        "    return norm\n"
+        "vpg_torch.descend = descend\n"
+        "sys.exit(vpg_torch.main())\n"
+    )
+    flags = [*FLAGS, "--total-timesteps", "320", "--run-dir", tmp_path / "run"]
+    outcome = torchrun(tmp_path / "output", 2, tmp_path / "worker.py", *flags).end()
+    assert outcome.code != 0
+    assert any("have different weights at step 64" in line for line in outcome.err), outcome.err
