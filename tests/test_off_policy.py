@@ -131,12 +131,12 @@ def test_the_buffer_gives_back_whole_transitions(module, num_envs, steps, restar
 
 
 @each
-def test_the_buffer_survives_a_checkpoint(module):
+def test_the_buffer_survives_a_checkpoint(module, tmp_path):
     config = configured(module, buffer_size=30, total_timesteps=1000, num_envs=3, log_interval=30)
     one, other = (module.ReplayBuffer(config, 3, 1, 2) for _ in range(2))
     drive(module, one, 27, 3, np.random.default_rng(0))
-    module.save_arrays(Path("buffer.safetensors"), one.to_numpy(), {})
-    other.from_numpy(module.load_arrays("buffer.safetensors")[0])
+    module.save_arrays(tmp_path / "buffer.safetensors", one.to_numpy(), {})
+    other.from_numpy(module.load_arrays(tmp_path / "buffer.safetensors")[0])
     one.end_episodes()
     assert contents(one) == contents(other)
     for buffer in one, other:
