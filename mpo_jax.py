@@ -1,0 +1,1634 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "jax==0.10.2",
+#     "flax==0.12.8",
+#     "optax==0.2.8",
+#     "gymnasium[box2d,classic-control,mujoco,other]==1.3.0",
+#     "mujoco==3.17.0",
+#     "numpy==2.4.6",
+#     "psutil==7.2.2",
+#     "pydantic==2.14.3",
+#     "safetensors==0.8.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""Maximum a posteriori policy optimisation (MPO) in JAX, in one file.
+
+    python mpo_jax.py --env-id dm_control/cartpole-swingup-v0
+
+Papers, all by Abdolmaleki et al.: "Maximum a Posteriori Policy Optimisation", arXiv 1806.06920 (MPO below), "Relative
+Entropy Regularized Policy Iteration", arXiv 1812.02256 (REPI), and "A Distributional View on Multi-Objective Policy
+Optimization", arXiv 2005.07513 (MO-MPO), for the penalty on actions out of bounds.
+
+    initialise policy π and critic Q, and targets π', Q' as copies of them; temperature η, multipliers α_μ and α_Σ
+    repeat
+        act with π in N environments; the transitions (s, a, r, s') go to the replay buffer
+        repeat `updates_per_step` times for each transition
+            sample a minibatch of B transitions
+            a₁ … a_S ~ π'(·|s')
+            y = r + γ mean Q'(s', aⱼ), but y = r where s' is terminal
+            minimise  mean (Q(s, a) - y)²
+            E-step: minimise  η ε + η mean log mean exp(Q'(s', aⱼ) / η)  over η;  wⱼ = softmax Q'(s', aⱼ) / η
+            M-step: maximise  mean Σ wⱼ log π(aⱼ|s')  over π, with the KL from π' to π at most ε_μ for its means and
+                ε_Σ for its covariances: α_μ and α_Σ, learned, are the prices of these
+            move π', Q' by the fraction τ towards π, Q
+
+Three choices leave the papers. The states of both steps are the next ones of the minibatch, as in DeepMind's Acme: the
+critic's targets and the weights then share the S·B values of Q', most of an update's work. The target networks follow
+by τ at every update and not by a copy at every hundredth. Targets are of one step (`--gamma` alone, no Retrace).
+
+Shapes: N environments, B samples of a minibatch, S actions sampled in each state, C critics, K objectives (Q and the
+action penalty), U updates in one compiled call, O observation, A dimensions of an action. The policy is a Gaussian
+without tanh. What it samples is clipped to [-1, 1] before the environment, the replay buffer or a critic sees it
+(`environment_actions` alone scales to the bounds of the environment); log-probabilities and KLs are of the Gaussian.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import timeit
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import psutil
+import pydantic
+import safetensors.numpy
+import tyro
+import wandb
+from flax import linen as nn
+from flax import struct
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from jax import Array as Tensor
+from pydantic import Field
+from tqdm import tqdm
+
+FRAMEWORK = "jax"
+ALGORITHM = "mpo"
+INITIAL_STD, MIN_STD = 0.5, 1e-3  # of the policy, in half ranges
+INITIAL_TEMPERATURE, INITIAL_ALPHA_MEAN, INITIAL_ALPHA_COV = 1.0, 1.0, 100.0
+MIN_DUAL = 1e-8  # of temperatures and multipliers: a constraint that does not bind would send them to 0
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
+    env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
+    policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
+    q_lr: Positive = 3e-4  # Adam's learning rate of the critics
+    dual_lr: Positive = 1e-2  # Adam's learning rate of the multipliers, and of the temperature with adam
+    num_envs: Count = 1  # N, environments that step together
+    action_repeat: Count = 1  # times that the environment takes each action; every time is a step
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
+    learning_starts: Steps = 5_000  # steps with random actions before the first update
+    batch_size: Count = 256  # B, transitions of a minibatch
+    updates_per_step: Positive = 1.0  # updates for each transition: times N for a step of all environments
+    gamma: Fraction = 0.99  # discount factor γ
+    tau: Fraction = 0.005  # τ, how far the targets move towards their networks
+    num_critics: Count = 1  # C, critics; of several the minimum counts
+    num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
+    temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # to the optimum compiled or by scipy; one step
+    epsilon: Positive = 0.1  # ε, KL from the samples' weights to even ones
+    epsilon_mean: Positive = 1e-2  # ε_μ, KL that the policy's means may make
+    epsilon_cov: Positive = 1e-4  # ε_Σ, KL that its covariances may make
+    per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ, or the sum over them
+    action_penalty: bool = True  # pull actions into [-1, 1], by a second objective
+    epsilon_penalty: Positive = 1e-3  # ε of the action penalty
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the ReLU layers
+    vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
+    log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
+    timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
+    eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
+    eval_interval: Steps = 5000  # environment steps between evaluations; 0: only one at the end
+    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
+    capture_video: bool = False  # film the first episode of every evaluation
+    save_model: bool = True  # write model.safetensors at the end
+    load_model: str | None = None  # start from the weights in this model.safetensors
+    resume: str | None = None  # go on with the run in this directory; needs no other flag
+    run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
+    exp_name: str = "mpo_jax"  # <script> in the name of the run
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_entity: str | None = None  # W&B user or team
+    wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
+
+    @property
+    def iteration_steps(self) -> int:
+        return self.log_interval
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.iteration_steps
+
+    @property
+    def vector_step(self) -> int:
+        """Environment steps that one step of all environments together makes"""
+        return self.num_envs * self.action_repeat
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+# twin: td3_jax sac_jax mpo_jax
+class Network(struct.PyTreeNode):
+    """A flax module and its weights."""
+
+    params: dict
+    module: nn.Module = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, module: nn.Module, key: Tensor, *inputs: Tensor) -> "Network":
+        return cls(jax.jit(module.init)(key, *inputs)["params"], module)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.module.apply({"params": self.params}, *inputs)
+
+
+class Critics(Network):
+    """C critics, their weights stacked: one batched product takes less than several."""
+
+    @classmethod
+    def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
+        networks = [Network.create(module, key, *inputs) for key in keys]
+        return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
+
+    def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """(…, O), (…, A) -> (C, …)"""
+        return jax.vmap(lambda params: Network(params, self.module)(observations, actions))(self.params)
+
+
+class Actor(nn.Module):
+    """Gaussian: (B, O) -> means and standard deviations, (B, A) each"""
+
+    hidden_sizes: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        means, stds = jnp.split(mlp(observations, *self.hidden_sizes, 2 * self.action_dim), 2, -1)
+        return means, MIN_STD + INITIAL_STD * nn.softplus(stds) / math.log(2)
+
+
+# twin: td3_jax sac_jax mpo_jax
+class Critic(nn.Module):
+    """Q: (B, O), (B, A) -> (B,)"""
+
+    hidden_sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return mlp(jnp.concatenate([observations, actions], -1), *self.hidden_sizes, 1).squeeze(-1)
+
+
+def mlp(x: Tensor, *sizes: int) -> Tensor:
+    """Linear layers, ReLU between them but for the first: after it layer normalisation and tanh, as in REPI and Acme.
+
+    So observations of any scale become ±1, and do not carry the means, which no tanh bounds, away with them.
+    Weights begin uniform in ±1/√inputs, biases 0.
+    """
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    for i, size in enumerate(sizes[:-1]):
+        x = nn.Dense(size, kernel_init=uniform, name=f"{2 * i}")(x)  # torch's names, which count the ReLU too
+        x = nn.relu(x) if i else nn.tanh(nn.LayerNorm(name="norm")(x))
+    return nn.Dense(sizes[-1], kernel_init=uniform, name=f"{2 * len(sizes) - 2}")(x)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+class Batch(NamedTuple):
+    """What U updates need, made on the host."""
+
+    observations: np.ndarray  # (U, B, O)
+    actions: np.ndarray  # (U, B, A)
+    rewards: np.ndarray  # (U, B)
+    terminated: np.ndarray  # (U, B)
+    next_observations: (
+        np.ndarray
+    )  # (U, B, O), true ones where an episode was truncated, of a new one where it terminated
+    noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
+
+
+class Gaussian(NamedTuple):
+    means: Tensor  # (B, A)
+    stds: Tensor  # (B, A)
+
+
+class Samples(NamedTuple):
+    """What π' does in the next states, and what comes of it."""
+
+    policy: Gaussian  # π'(·|s')
+    actions: Tensor  # aⱼ, (S, B, A), not clipped
+    values: Tensor  # (K, S, B): Q'(s', aⱼ) and, with the action penalty, minus its cost
+
+
+class Multipliers(NamedTuple):
+    """Of the constraints on the KL, for each dimension (A,) or for their sum (); kept before `positive`"""
+
+    mean: Tensor
+    cov: Tensor
+
+
+class Optimizers(NamedTuple):
+    actor: optax.OptState
+    critics: optax.OptState
+    multipliers: optax.OptState
+    temperatures: optax.OptState | tuple[()]  # with adam alone
+
+
+class Learner(NamedTuple):
+    """What an update changes."""
+
+    actor: Network
+    critics: Critics
+    target_actor: Network
+    target_critics: Critics
+    temperatures: Tensor  # η of each objective, (K,), before `positive`
+    multipliers: Multipliers
+    optimizer: Optimizers
+
+
+class Metrics(NamedTuple):
+    """losses/… of the record, of one update () or of several (U,)"""
+
+    critic_loss: Tensor
+    q_mean: Tensor  # of all critics
+    actor_loss: Tensor
+    temperature: Tensor  # η of Q
+    temperature_error: Tensor  # its distance from the minimum η* of the dual, |η / η* - 1|
+    kl_mean: Tensor  # of one dimension, or of all with --no-per-dim-kl, as ε_μ
+    kl_cov: Tensor  # likewise, as ε_Σ
+    alpha_mean: Tensor  # α_μ, mean over the dimensions
+    alpha_cov: Tensor  # α_Σ, likewise
+    std: Tensor  # of the policy, mean over states and dimensions
+    excess: Tensor  # mean distance of aⱼ from its clipped self
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+
+
+def sample_actions(policy: Gaussian, noise: Tensor | float) -> Tensor:
+    """mean + std · noise, of the shape of the noise (…, B, A); noise 0 gives the most likely actions."""
+    return policy.means + policy.stds * noise
+
+
+def critic_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
+    """y = r + γ mean Q'(s', aⱼ), (B,) from next_q (S, B): the expectation under π' by its samples, as in Acme
+
+    Only termination cuts it. This is the first step of the Retrace target that MPO eq. 13 has.
+    """
+    return rewards + gamma * (1 - terminated) * next_q.mean(0)
+
+
+def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
+    """Σ_c mean (Q_c(s, a) - y)² from (C, B) and (B,)"""
+    return ((q - targets) ** 2).mean(1).sum()
+
+
+def action_cost(actions: Tensor) -> Tensor:
+    """Distance from [-1, 1]: ‖a - clip(a)‖₂, (…, A) -> (…,), minus the second objective (MO-MPO; this one is Acme's)"""
+    return jnp.linalg.norm(actions - actions.clip(-1, 1), axis=-1)
+
+
+def temperature_dual(temperature: Tensor, values: Tensor, epsilon: float) -> Tensor:
+    """g(η) = η ε + η mean log mean exp(Q / η) (MPO eq. 9), () from values (S, B): log over the mean of samples
+
+    It is convex; its minimum holds the KL from the weights to even ones, mean over states, at ε.
+    """
+    log_means = jax.nn.logsumexp(values / temperature, 0) - math.log(len(values))  # (B,)
+    return temperature * (epsilon + log_means.mean())
+
+
+def without_best(values: Tensor) -> Tensor:
+    """(S, B) less the best of each state: the same weights and best temperature, of numbers that are rounded less"""
+    return values - values.max(0)
+
+
+def sample_weights(temperature: Tensor, values: Tensor) -> Tensor:
+    """wⱼ = exp(Qⱼ / η) / Σ exp(Q / η), (S, B) (MPO eq. 8 where samples of π' stand for it; REPI section 4.1)"""
+    return jax.nn.softmax(values / temperature, 0)
+
+
+def weights_kl(temperature: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """KL from the weights to even ones, mean over states, and its derivative by log η, () each
+
+    The KL is Σ wⱼ log(S wⱼ) = ε - g'(η). Its derivative is minus the variance of Q / η, or of log w, under the weights.
+    """
+    log_ratios = jax.nn.log_softmax(values / temperature, 0) + math.log(len(values))  # log S w, (S, B)
+    weights = jnp.exp(log_ratios) / len(values)
+    kl = (weights * log_ratios).sum(0)  # (B,)
+    return kl.mean(), -(weights * (log_ratios - kl) ** 2).sum(0).mean()
+
+
+def optimal_temperature(values: Tensor, epsilon: float, start: Tensor) -> Tensor:
+    """η* that minimises g, by Newton's method for log KL = log ε over log η, (S, B) -> ()
+
+    The KL falls with η, from at most log S to 0, and where η is large log KL is a straight line of slope -2 in log η. A
+    Newton step that leaves the bracket or does not halve the one before gives way to bisection, so that it always
+    converges. A range R of the values in a state gives a KL of at most R² / 8η² (Hoeffding): so begins the bracket.
+    """
+    values = without_best(values)
+    ranges = -values.min(0)  # (B,)
+    low = jnp.full_like(start, math.log(MIN_DUAL))
+    high = jnp.maximum(low, 0.5 * jnp.log((ranges**2).mean() / (8 * epsilon)))
+    high = jnp.where(weights_kl(MIN_DUAL, values)[0] > epsilon, high, low)  # else the constraint does not bind
+
+    def is_far(state: tuple) -> Tensor:
+        _, _, _, step, count = state
+        return (jnp.abs(step) > 1e-5) & (count < 100)
+
+    def closer(state: tuple) -> tuple:
+        here, low, high, step_before, count = state
+        kl, derivative = weights_kl(jnp.exp(here), values)
+        low, high = jnp.where(kl > epsilon, here, low), jnp.where(kl > epsilon, high, here)
+        newton = -jnp.log(kl / epsilon) * kl / derivative
+        is_safe = (low <= here + newton) & (here + newton <= high) & (jnp.abs(newton) < 0.5 * jnp.abs(step_before))
+        step = jnp.where(is_safe, newton, 0.5 * (low + high) - here)
+        return here + step, low, high, step, count + 1
+
+    start = jnp.log(start).clip(low, high)
+    return jnp.exp(jax.lax.while_loop(is_far, closer, (start, low, high, high - low, 0))[0])
+
+
+def log_density(actions: Tensor, policy: Gaussian) -> Tensor:
+    """log N(a; mean, std), (S, B) from (S, B, A)"""
+    z = (actions - policy.means) / policy.stds
+    return (-0.5 * z**2 - jnp.log(policy.stds) - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gaussian) -> Tensor:
+    """-mean Σ wⱼ (log N(aⱼ; μ, Σ') + log N(aⱼ; μ', Σ)), from (S, B) and (S, B, A)
+
+    The weighted maximum likelihood of MPO eq. 10, where either half of the policy has the other half of π' beside it:
+    a likely mean then needs no wide covariance, nor the other way round (REPI section 4.2).
+    """
+    log_densities = log_density(actions, Gaussian(policy.means, target.stds))
+    log_densities += log_density(actions, Gaussian(target.means, policy.stds))
+    return -(weights * log_densities).sum(0).mean()
+
+
+def kl_mean(policy: Gaussian, target: Gaussian) -> Tensor:
+    """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A) (C_μ of MPO's appendix, REPI 4.2)"""
+    return 0.5 * ((policy.means - target.means) / target.stds) ** 2
+
+
+def kl_cov(policy: Gaussian, target: Gaussian) -> Tensor:
+    """KL(N(μ', Σ') ‖ N(μ', Σ)) = log σ/σ' + ½ σ'²/σ² - ½ of each dimension, (B, A) (C_Σ, likewise)"""
+    ratio = target.stds / policy.stds
+    return 0.5 * ratio**2 - jnp.log(ratio) - 0.5
+
+
+def multipliers_loss(multipliers: Multipliers, kls: Multipliers, epsilons: Multipliers) -> Tensor:
+    """Σ α (ε - KL), whose descent in α ascends the Lagrangian of MPO eq. 12: a KL above its ε raises the price."""
+    terms = jax.tree.map(lambda x, kl, epsilon: (positive(x) * (epsilon - kl)).sum(), multipliers, kls, epsilons)
+    return sum(terms)
+
+
+def positive(x: Tensor) -> Tensor:
+    """Temperatures and multipliers from what Adam descends on"""
+    return nn.softplus(x)
+
+
+def before_positive(y: Tensor) -> Tensor:
+    """The inverse of `positive`: log(exp y - 1)"""
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+# twin: td3_jax sac_jax mpo_jax
+def polyak(target: Network, network: Network, tau: float) -> Network:
+    """θ' ← τ θ + (1 - τ) θ'"""
+    return jax.tree.map(lambda old, new: (1 - tau) * old + tau * new, target, network)
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def sample_values(learner: Learner, batch: Batch, config: Config) -> Samples:
+    policy = Gaussian(*learner.target_actor(batch.next_observations))
+    actions = sample_actions(policy, batch.noise)  # (S, B, A)
+    observations = jnp.broadcast_to(batch.next_observations, (*actions.shape[:-1], batch.observations.shape[-1]))
+    q = learner.target_critics(observations, actions.clip(-1, 1)).min(0)  # (S, B)
+    return Samples(policy, actions, jnp.stack([q, -action_cost(actions)] if config.action_penalty else [q]))
+
+
+def critic_gradient(learner: Learner, batch: Batch, samples: Samples, config: Config) -> tuple[Critics, Tensor, Tensor]:
+    """-> gradient of the critics' loss, the loss, mean Q"""
+    targets = critic_targets(batch.rewards, batch.terminated, samples.values[0], config.gamma)
+
+    def loss_of(critics: Critics) -> tuple[Tensor, Tensor]:
+        q = critics(batch.observations, batch.actions)
+        return critic_loss(q, targets), q.mean()
+
+    (loss, q_mean), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.critics)
+    return gradient, loss, q_mean
+
+
+def solve_by_newton(
+    temperatures: Tensor, optimizer: tuple[()], values: Tensor, config: Config
+) -> tuple[Tensor, tuple[()]]:
+    """To the optimum of each objective's dual, values (K, S, B)"""
+    optimal = map(optimal_temperature, values, epsilons(config), positive(temperatures))
+    return before_positive(jnp.stack(list(optimal))), optimizer
+
+
+def solve_by_slsqp(
+    temperatures: Tensor, optimizer: tuple[()], values: Tensor, config: Config
+) -> tuple[Tensor, tuple[()]]:
+    """To the optimum on the host, by scipy's sequential least squares, which asks JAX for g and its gradient"""
+    minimize = importlib.import_module("scipy.optimize").minimize  # comes with JAX; only this solver needs it
+
+    def dual(temperature: np.ndarray, values: Tensor, epsilon: float) -> tuple[float, float]:
+        return tuple(map(float, compiled_dual(temperature[0], values, epsilon)))
+
+    options = {"jac": True, "method": "SLSQP", "bounds": [(MIN_DUAL, None)], "options": {"ftol": 1e-9}}
+    starts = np.asarray(positive(temperatures))
+    objectives = zip(map(without_best, values), epsilons(config), strict=True)
+    optimal = [minimize(dual, x, args=args, **options).x[0] for x, args in zip(starts, objectives, strict=True)]
+    return before_positive(jnp.array(optimal, starts.dtype)), optimizer
+
+
+def solve_by_adam(
+    temperatures: Tensor, optimizer: optax.OptState, values: Tensor, config: Config
+) -> tuple[Tensor, optax.OptState]:
+    """One step of descent on the sum of the duals"""
+
+    def loss_of(temperatures: Tensor) -> Tensor:
+        return sum(map(temperature_dual, positive(temperatures), values, epsilons(config)))
+
+    gradient = jax.grad(loss_of)(temperatures)
+    temperatures, optimizer = descend(temperatures, optimizer, gradient, config.dual_lr)
+    return bounded(temperatures), optimizer
+
+
+SOLVERS = {"newton": solve_by_newton, "slsqp": solve_by_slsqp, "adam": solve_by_adam}
+
+
+def epsilons(config: Config) -> tuple[float, ...]:
+    """Of the objectives"""
+    return (config.epsilon, config.epsilon_penalty) if config.action_penalty else (config.epsilon,)
+
+
+def bounded(duals):
+    """At least MIN_DUAL: those of slack constraints would go ever further down, and come back late."""
+    return jax.tree.map(lambda x: jnp.maximum(x, math.log(MIN_DUAL)), duals)
+
+
+def divergences(policy: Gaussian, target: Gaussian, config: Config) -> Multipliers:
+    """The KLs that are held to their ε: mean over states, of each dimension (A,) or of their sum ()"""
+    kls = Multipliers(kl_mean(policy, target), kl_cov(policy, target))
+    return jax.tree.map(lambda kl: kl.mean(0) if config.per_dim_kl else kl.sum(-1).mean(), kls)
+
+
+def actor_gradient(
+    learner: Learner, batch: Batch, samples: Samples, config: Config
+) -> tuple[Network, Tensor, Gaussian]:
+    """-> gradient of the policy's loss, the loss, π(·|s'). The weights of the objectives add up, as in Acme."""
+    weights = sum(map(sample_weights, positive(learner.temperatures), samples.values))  # (S, B)
+    prices = jax.tree.map(positive, learner.multipliers)
+
+    def loss_of(actor: Network) -> tuple[Tensor, Gaussian]:
+        policy = Gaussian(*actor(batch.next_observations))
+        kls = divergences(policy, samples.policy, config)
+        penalty = sum(jax.tree.leaves(jax.tree.map(lambda price, kl: (price * kl).sum(), prices, kls)))
+        return actor_loss(weights, samples.actions, policy, samples.policy) + penalty, policy
+
+    (loss, policy), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.actor)
+    return gradient, loss, policy
+
+
+def multipliers_gradient(
+    learner: Learner, policy: Gaussian, samples: Samples, config: Config
+) -> tuple[Multipliers, Multipliers]:
+    """-> gradient of the multipliers' loss, the KLs"""
+    kls = divergences(policy, samples.policy, config)
+    limits = Multipliers(config.epsilon_mean, config.epsilon_cov)
+    return jax.grad(multipliers_loss)(learner.multipliers, kls, limits), kls
+
+
+def policy_metrics(
+    learner: Learner, policy: Gaussian, samples: Samples, kls: Multipliers, config: Config
+) -> tuple[Tensor, ...]:
+    """The fields of Metrics from the temperature on"""
+    temperature = positive(learner.temperatures[0])
+    error = jnp.abs(temperature / optimal_temperature(samples.values[0], config.epsilon, temperature) - 1)
+    prices = jax.tree.map(positive, learner.multipliers)
+    means = map(jnp.mean, (*kls, *prices, policy.stds, action_cost(samples.actions)))
+    return temperature, error, *means
+
+
+# twin: td3_jax sac_jax mpo_jax
+def descend(network: Network, optimizer: optax.OptState, gradient: Network, learning_rate: float):
+    """One step of Adam -> network, optimizer"""
+    changes, optimizer = optax.adam(learning_rate).update(gradient, optimizer)
+    return optax.apply_updates(network, changes), optimizer
+
+
+# twin: sac_jax mpo_jax
+def update_critics(learner: Learner, gradient: Critics, config: Config) -> Learner:
+    critics, optimizer = descend(learner.critics, learner.optimizer.critics, gradient, config.q_lr)
+    return learner._replace(critics=critics, optimizer=learner.optimizer._replace(critics=optimizer))
+
+
+# twin: sac_jax mpo_jax
+def update_actor(learner: Learner, gradient: Network, config: Config) -> Learner:
+    actor, optimizer = descend(learner.actor, learner.optimizer.actor, gradient, config.policy_lr)
+    return learner._replace(actor=actor, optimizer=learner.optimizer._replace(actor=optimizer))
+
+
+def update_multipliers(learner: Learner, gradient: Multipliers, config: Config) -> Learner:
+    multipliers, optimizer = descend(learner.multipliers, learner.optimizer.multipliers, gradient, config.dual_lr)
+    learner = learner._replace(optimizer=learner.optimizer._replace(multipliers=optimizer))
+    return learner._replace(multipliers=bounded(multipliers))
+
+
+# twin: td3_jax mpo_jax
+def update_targets(learner: Learner, config: Config) -> Learner:
+    target_actor = polyak(learner.target_actor, learner.actor, config.tau)
+    target_critics = polyak(learner.target_critics, learner.critics, config.tau)
+    return learner._replace(target_actor=target_actor, target_critics=target_critics)
+
+
+def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Metrics]:
+    """Policy evaluation, E-step and M-step (MPO section 4, REPI algorithm 1) on a batch without the axis U
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
+    samples = timed("loss", timed, "loss/critic", sample_values, learner, batch, config)
+    gradient, critics_loss, q_mean = timed(
+        "loss", timed, "loss/critic", critic_gradient, learner, batch, samples, config
+    )
+    learner = timed("weight_update", update_critics, learner, gradient, config)
+    solve, duals = SOLVERS[config.temperature_solver], (learner.temperatures, learner.optimizer.temperatures)
+    temperatures, optimizer = timed("loss", timed, "loss/dual", solve, *duals, samples.values, config)
+    optimizers = learner.optimizer._replace(temperatures=optimizer)
+    learner = learner._replace(temperatures=temperatures, optimizer=optimizers)
+    gradient, policy_loss, policy = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, samples, config)
+    learner = timed("weight_update", update_actor, learner, gradient, config)
+    gradient, kls = timed("kl", multipliers_gradient, learner, policy, samples, config)
+    measures = timed("kl", policy_metrics, learner, policy, samples, kls, config)
+    metrics = Metrics(critics_loss, q_mean, policy_loss, *measures)
+    learner = timed("weight_update", update_multipliers, learner, gradient, config)
+    learner = timed("target_update", update_targets, learner, config)
+    return learner, metrics
+
+
+# twin: td3_jax sac_jax mpo_jax
+def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
+    """U updates -> learner, Metrics as an array (·, U)"""
+    learner, metrics = each(partial(update_minibatch, config=config, timed=timed), learner, batch)
+    return learner, as_array(metrics)
+
+
+# --------------------------------------------------------------------------------------------------------- rollout
+
+
+# twin: sac_jax mpo_jax
+def act(actor: Network, observations: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
+    """(N, O), (N, A) -> (N, A); without noise greedily"""
+    return np.asarray(compiled_policy(actor, observations, noise))
+
+
+# twin: sac_jax mpo_jax
+def explore(
+    actor: Network, observations: np.ndarray, action_dim: int, step: int, config: Config, rng: np.random.Generator
+) -> np.ndarray:
+    """(N, O) -> (N, A): uniform until learning starts, then drawn from the policy"""
+    shape = len(observations), action_dim
+    if step < config.learning_starts:
+        return rng.uniform(-1, 1, shape).astype(np.float32)
+    return act(actor, observations, rng.standard_normal(shape, np.float32))
+
+
+# twin: td3_jax sac_jax mpo_jax
+def interact(
+    actor: Network,
+    envs: "Environments",
+    buffer: "ReplayBuffer",
+    step: int,
+    config: Config,
+    rng: np.random.Generator,
+    timed: Callable,
+) -> None:
+    """One step of all environments, into the replay buffer"""
+    observations = envs.observations
+    actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
+    if not np.isfinite(actions).all():
+        raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
+    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
+    timed("sample", buffer.add, *transition)
+
+
+# twin: td3_jax sac_jax mpo_jax
+def num_updates(step: int, config: Config) -> int:
+    """Updates of the run until this environment step"""
+    start = math.ceil(config.learning_starts / config.vector_step) * config.vector_step
+    transitions = max(step - start, 0) // config.action_repeat
+    return math.floor(config.updates_per_step * transitions + 1e-6)  # a product such as 0.7 · 10 may be 6.999…
+
+
+def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np.random.Generator) -> Batch:
+    """For these updates of the run, counted from 1"""
+    transitions = buffer.sample((len(updates), config.batch_size), rng)
+    shape = len(updates), config.num_action_samples, *transitions["actions"].shape[1:]
+    return Batch(**transitions, noise=rng.standard_normal(shape, np.float32))
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+class Result(NamedTuple):
+    learner: Learner
+    evaluation_returns: list[float]  # of each episode
+    run_dir: Path
+
+
+# twin: td3_jax sac_jax mpo_jax
+def train(config: Config) -> Result:
+    """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
+    after SIGINT or SIGTERM, once a checkpoint is written."""
+    config = validate(config)
+    if config.capture_video:
+        make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
+    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+        learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
+        buffer = ReplayBuffer(config, config.num_envs, envs.observation_dim, envs.action_dim)
+        if config.load_model and not has_checkpoint(config):
+            learner = load_model(config.load_model, learner)
+        stopwatch = new_stopwatch()
+        with Run(config, envs, stopwatch, algorithm=ALGORITHM, device=device_name(learner)) as run:
+            learner = run.restore(learner, rng, buffer)
+            stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
+            for iteration in run.iterations():
+                metrics = []
+                start, end = run.global_step - config.log_interval, run.global_step
+                for step in range(start, end, config.vector_step):
+                    interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
+                    updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
+                    if not updates:
+                        continue
+                    batch = stopwatch.timed("sample", sample_batch, buffer, updates, config, rng)
+                    if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
+                        learner, values = update(learner, batch, config, stopwatch.timed)
+                    else:
+                        arguments = learner, batch, config, stopwatch.fused
+                        learner, values = stopwatch.timed("update", update, *arguments)
+                    metrics.append(values)
+                means = mean_metrics(metrics)
+                run.check(means)
+                if run.is_due(config.eval_interval):
+                    run.evaluate(partial(act, learner.actor))
+                run.record(means, partial(samples, learner, buffer, config))
+                if run.is_due(config.checkpoint_every):
+                    run.save_checkpoint(partial(state, learner, buffer), rng)
+                    # simulators are not saved: new episodes, here as in a run that is resumed here
+                    stopwatch.timed("checkpoint", envs.restart, run.global_step)
+                    buffer.end_episodes()
+            returns = run.conclude(partial(act, learner.actor), partial(state, learner, buffer), rng)
+    return Result(learner, returns, run.directory)
+
+
+# twin: td3_jax sac_jax mpo_jax
+def state(learner: Learner, buffer: "ReplayBuffer") -> dict[str, np.ndarray]:
+    """All that a checkpoint keeps as arrays"""
+    return to_numpy(learner) | buffer.to_numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- jax
+
+
+# twin: ppo_jax td3_jax sac_jax mpo_jax
+def set_up_jax(config: Config) -> None:
+    """Raises BadInput for a device that is not there."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # handing 20 µs of work to a thread costs 20 µs more
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 on a GPU, as PyTorch's; JAX would take TF32
+    available = {}
+    for platform_name in ("gpu", "tpu", "cpu"):
+        with contextlib.suppress(RuntimeError):
+            available[platform_name] = jax.devices(platform_name)[0]
+    if config.device not in ("auto", *available):
+        raise BadInput(f"--device {config.device} is not there; this machine has {' and '.join(available)}")
+    jax.config.update("jax_default_device", available.get(config.device))  # None: JAX chooses
+
+
+def new_learner(envs: "Environments", config: Config) -> Learner:
+    set_up_jax(config)
+    actor_key, critics_key = jax.random.split(jax.random.key(config.seed))
+    observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
+    actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
+    critic_keys = jax.random.split(critics_key, config.num_critics)
+    critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
+    temperatures = before_positive(jnp.full(len(epsilons(config)), INITIAL_TEMPERATURE, jnp.float32))
+    shape = (envs.action_dim,) if config.per_dim_kl else ()
+    alphas = (jnp.full(shape, alpha, jnp.float32) for alpha in (INITIAL_ALPHA_MEAN, INITIAL_ALPHA_COV))
+    multipliers = Multipliers(*map(before_positive, alphas))
+    is_learned = config.temperature_solver == "adam"
+    begin = optax.adam(0.0).init
+    optimizers = Optimizers(*map(begin, (actor, critics, multipliers)), begin(temperatures) if is_learned else ())
+    return Learner(actor, critics, *copied((actor, critics)), temperatures, multipliers, optimizers)
+
+
+# twin: ppo_jax td3_jax sac_jax mpo_jax
+def device_name(learner: Learner) -> str:
+    (device,) = jax.tree.leaves(learner)[0].devices()
+    return device.platform if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
+
+
+def new_stopwatch() -> "Stopwatch":
+    whole = jax.jit(update, static_argnames=("config", "timed"), donate_argnames="learner")
+
+    def fused(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
+        """In one piece, but around a solver on the host in compiled pieces"""
+        return (update if config.temperature_solver == "slsqp" else whole)(learner, batch, config, timed)
+
+    others = sample_values, critic_gradient, solve_by_newton, solve_by_adam, actor_gradient
+    others += multipliers_gradient, policy_metrics, update_critics, update_actor, update_multipliers, update_targets
+    compiled = {function: jax.jit(function, static_argnames="config") for function in others}
+    return Stopwatch(jax.block_until_ready, compiled | {update: fused})
+
+
+# twin: sac_jax mpo_jax
+def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
+    """Compiles what is to be compiled, by updates in either form on zeros; the weights stay as they are."""
+    if config.eval_episodes:
+        act(learner.actor, np.zeros((config.eval_episodes, envs.observation_dim), np.float32))
+    observations, noise = (
+        np.zeros((config.num_envs, size), np.float32) for size in (envs.observation_dim, envs.action_dim)
+    )
+    act(learner.actor, observations, noise)
+    if not config.num_iterations:
+        return
+    capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
+    few = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
+    samples(learner, buffer, config)
+    updates_at_once = config.updates_per_step * config.num_envs
+    for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
+        batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
+        stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
+    update(learner, batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
+
+
+@jax.jit
+def compiled_policy(actor: Network, observations: np.ndarray, noise: np.ndarray | float) -> Tensor:
+    return sample_actions(Gaussian(*actor(observations)), noise).clip(-1, 1)
+
+
+@jax.jit
+def compiled_dual(temperature: float, values: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """-> the dual, its derivative"""
+    return jax.value_and_grad(temperature_dual)(temperature, values, epsilon)
+
+
+# twin: td3_jax sac_jax mpo_jax
+@jax.jit
+def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
+    return network(*inputs)
+
+
+# twin: td3_jax sac_jax mpo_jax
+def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
+    """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed."""
+    if isinstance(batch.rewards, jax.core.Tracer):
+        return jax.lax.scan(step, learner, batch)
+    metrics = []
+    for minibatch in map(Batch, *batch):
+        learner, values = step(learner, minibatch)
+        metrics.append(values)
+    return learner, Metrics(*map(np.array, zip(*metrics, strict=True)))
+
+
+# twin: td3_jax sac_jax mpo_jax
+def as_array(metrics: Metrics) -> Tensor | np.ndarray:
+    """One array, which a call returns faster than several, and which comes to the host in one piece"""
+    return jnp.stack(metrics) if isinstance(metrics.critic_loss, jax.core.Tracer) else np.stack(metrics)
+
+
+# twin: sac_jax mpo_jax
+def mean_metrics(arrays: list[Tensor]) -> dict[str, float]:
+    """losses/… of the record over the updates of an iteration, {} before the first"""
+    if not arrays:
+        return {}
+    means = np.concatenate(jax.device_get(arrays), -1).mean(-1)
+    return {f"losses/{name}": float(mean) for name, mean in zip(Metrics._fields, means, strict=True)}
+
+
+# twin: td3_jax sac_jax mpo_jax
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+# twin: td3_jax sac_jax mpo_jax
+def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
+    """What the record has a histogram of: the actions of this iteration and Q of them"""
+    newest = buffer.newest(config.log_interval // config.action_repeat)
+    actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])
+    return {"actions": actions, "values": np.asarray(values)}
+
+
+# twin: td3_jax sac_jax mpo_jax
+def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
+    """Weights by torch's names, in its layout (out, in), and the optimizers' moments"""
+    paths, _ = jax.tree_util.tree_flatten_with_path(learner)
+    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in paths}
+
+
+# twin: td3_jax sac_jax mpo_jax
+def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
+    """The inverse of `to_numpy`; the optimizers stay as they are where a model has no moments for them."""
+
+    def read(path: tuple, old: Tensor) -> Tensor:
+        is_kept = array_name(path).startswith(TRAINING_ONLY) and array_name(path) not in arrays
+        return old if is_kept else jnp.array(as_torch(path, arrays[array_name(path)]), old.dtype)
+
+    return jax.tree_util.tree_map_with_path(read, learner)
+
+
+# twin: td3_jax sac_jax mpo_jax
+def array_name(path: tuple) -> str:
+    """Such as target_critics.0.weight or optimizer.actor.0.mu.2.bias"""
+    return jax.tree_util.keystr(path, simple=True, separator=".").replace("params.", "").replace("kernel", "weight")
+
+
+# twin: td3_jax sac_jax mpo_jax
+def as_torch(path: tuple, x: np.ndarray) -> np.ndarray:
+    """Between flax's kernels (in, out) and torch's weights (out, in), either way"""
+    return x.swapaxes(-1, -2) if array_name(path).endswith("weight") else x
+
+
+# --------------------------------------------------------------------------------------------------- replay buffer
+
+
+# twin: td3_jax sac_jax mpo_jax
+class ReplayBuffer:
+    """The last transitions, in a ring of places.
+
+    Those of one step of the N environments stand side by side. So the next observation of a transition is the
+    observation N places further on and is not stored again, but for the last one of an episode that was truncated.
+    (Where an episode terminated, the next one's first observation stands there, which the targets ignore.)
+    """
+
+    def __init__(self, config: Config, num_envs: int, observation_dim: int, action_dim: int):
+        transitions = min(config.buffer_size, config.total_timesteps // config.action_repeat)
+        self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
+        shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
+        size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
+        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
+        available = psutil.virtual_memory().available
+        if size > available:
+            what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"
+            raise BadInput(f"{what} of the {available / 1e9:.1f} GB that are free")
+        self.arrays = {name: np.zeros((self.num_places, *shape), np.float32) for name, shape in shapes.items()}
+        self.arrays |= {name: np.zeros(self.num_places, bool) for name in ("terminated", "truncated")}
+        self.final_observations: dict[int, np.ndarray] = {}  # by the place of the transition
+        self.position = self.num_transitions = 0  # where the next ones go; how many there are
+
+    def add(
+        self,
+        observations: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        next_observations: np.ndarray,
+        final_observations: np.ndarray,
+    ) -> None:
+        """Of one step: (N, ·) each, and the true last observations of the truncated episodes"""
+        here = slice(self.position, self.position + self.num_envs)
+        fields = observations, actions, rewards, terminated, truncated
+        for array, values in zip(self.arrays.values(), fields, strict=True):
+            array[here] = values
+        for place in self.final_observations.keys() & set(range(here.start, here.stop)):
+            del self.final_observations[place]
+        places = (here.start + np.flatnonzero(truncated)).tolist()
+        self.final_observations |= zip(places, final_observations, strict=True)
+        self.position = here.stop % self.num_places
+        self.arrays["observations"][self.position : self.position + self.num_envs] = next_observations
+        self.num_transitions = min(self.num_transitions + self.num_envs, self.num_places - self.num_envs)
+
+    def end_episodes(self) -> None:
+        """The environments begin anew: whatever episode is under way was truncated."""
+        if not self.num_transitions:
+            return
+        for n in range(self.num_envs):
+            place = (self.position - self.num_envs + n) % self.num_places
+            if not (self.arrays["terminated"][place] or self.arrays["truncated"][place]):
+                self.arrays["truncated"][place] = True
+                self.final_observations[place] = self.arrays["observations"][self.position + n].copy()
+
+    def sample(self, shape: tuple[int, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Transitions drawn evenly, with replacement; (*shape, ·) each"""
+        places = (self.position - 1 - rng.integers(self.num_transitions, size=shape)) % self.num_places
+        sample = {name: array.take(places, 0) for name, array in self.arrays.items()}
+        next_observations = self.arrays["observations"].take(places + self.num_envs, 0, mode="wrap")
+        for index in zip(*np.nonzero(sample.pop("truncated")), strict=True):
+            next_observations[index] = self.final_observations[places[index]]
+        return sample | {"next_observations": next_observations}
+
+    def newest(self, count: int) -> dict[str, np.ndarray]:
+        places = self.position - 1 - np.arange(min(count, self.num_transitions))
+        return {name: array.take(places, 0, mode="wrap") for name, array in self.arrays.items()}
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        filled = self.num_transitions + self.num_envs  # the observations after the newest transitions stand behind them
+        arrays = {name: array[:filled] for name, array in self.arrays.items()}
+        places, final_observations = list(self.final_observations), list(self.final_observations.values())
+        arrays |= {"final_places": np.array(places, int), "final_observations": np.array(final_observations)}
+        arrays["progress"] = np.array([self.position, self.num_transitions])
+        return {f"buffer.{name}": array for name, array in arrays.items()}
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        for name, array in self.arrays.items():
+            saved = arrays[f"buffer.{name}"]
+            array[: len(saved)] = saved
+        places = arrays["buffer.final_places"].tolist()
+        self.final_observations = dict(zip(places, arrays["buffer.final_observations"], strict=True))
+        self.position, self.num_transitions = arrays["buffer.progress"].tolist()
+        self.end_episodes()
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+# twin: td3_jax sac_jax mpo_jax
+class Environments:
+    """N environments that reset in the very step that ends an episode; adds up returns."""
+
+    def __init__(self, config: Config, num_envs: int, is_evaluation: bool = False):
+        self.config, self.num_envs, self.is_evaluation, self.is_fresh = config, num_envs, is_evaluation, True
+        self.vector = make_vector(config, num_envs, is_evaluation)
+        (self.observation_dim,) = self.vector.single_observation_space.shape
+        self.action_dim = math.prod(self.vector.single_action_space.shape)
+
+    # twin: td3_jax sac_jax mpo_jax vpg_torch
+    def restart(self, *seed: int) -> None:
+        """First episodes in environments made anew, so that the seed alone decides what follows."""
+        if not self.is_fresh:
+            self.close()
+            self.vector = make_vector(self.config, self.num_envs, self.is_evaluation)
+        self.is_fresh = False
+        seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0] >> 1
+        observations, _ = self.vector.reset(seed=int(seed))
+        self.returns, self.lengths = np.zeros((2, self.num_envs))
+        self.observations, self.episodes = observations.astype(np.float32), []
+        check_finite(self.config.env_id, observation=self.observations)
+
+    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    def close(self) -> None:
+        try:
+            self.vector.close()
+        except Exception:  # a worker is gone; the others would outlive this process: they do not heed SIGTERM
+            for process in getattr(self.vector, "processes", ()):
+                process.kill()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(N, A) -> observations, rewards, terminated, truncated, true last observations of truncated episodes"""
+        env_actions = environment_actions(actions, self.vector.single_action_space)
+        observations, rewards, terminated, truncated, info = self.vector.step(env_actions)
+        self.returns += rewards
+        self.lengths += self.config.action_repeat
+        truncated, final_observations = truncated & ~terminated, ()
+        if "final_obs" in info:
+            done = terminated | truncated
+            self.episodes += [(int(n), float(self.returns[n]), int(self.lengths[n])) for n in np.flatnonzero(done)]
+            self.returns[done] = self.lengths[done] = 0
+            final_observations = tuple(info["final_obs"][truncated])
+        final_observations = np.array(final_observations, np.float32).reshape(-1, self.observation_dim)
+        self.observations = observations.astype(np.float32)
+        return self.observations, rewards, terminated, truncated, final_observations
+
+    def for_evaluation(self) -> "Environments":
+        return Environments(self.config, self.config.eval_episodes, is_evaluation=True)
+
+    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def frame(self) -> np.ndarray:
+        """Picture of the first environment, (height, width, 3)"""
+        return self.vector.envs[0].render()
+
+
+# twin: td3_jax sac_jax mpo_jax
+def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vector.VectorEnv:
+    is_filmed, mode = is_evaluation and config.capture_video, {"autoreset_mode": AutoresetMode.SAME_STEP}
+    try:
+        kwargs = json.loads(config.env_kwargs)
+        if is_filmed:
+            importlib.import_module("moviepy")  # missed now, not after the training
+        make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs, config.action_repeat)
+        is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
+        if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
+            multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
+            with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
+                return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+        vector = SyncVectorEnv([make] * num_envs, **mode)
+        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
+            raise ValueError("it renders no picture")
+        return vector
+    except Exception as error:
+        is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
+        flags = f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}" + " --capture-video" * is_filmed
+        hint = "; pip install -r requirements/all.txt" if is_missing else ""
+        raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
+
+
+# twin: td3_jax sac_jax mpo_jax
+def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: int) -> gym.Env:
+    if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if env_id.startswith("dm_control/"):
+        gym.register_envs(importlib.import_module("shimmy"))
+    quieten_mujoco(env_id)
+    env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    actions, observations = env.action_space, env.observation_space
+    is_float_box = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
+    if not (is_float_box and actions.is_bounded() and (actions.low < actions.high).all()):
+        raise ValueError(f"the action space {actions} is not supported; a float Box with finite bounds is")
+    is_image = isinstance(observations, spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1
+    if is_image or not observations.is_np_flattenable or isinstance(observations, spaces.Text):
+        raise ValueError(f"the observation space {observations} is not supported; what flattens to a vector is")
+    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
+        env = gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+@cache
+def quieten_mujoco(env_id: str) -> None:
+    """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
+    spec = gym.registry.get(env_id)
+    if spec and "gymnasium.envs.mujoco" in str(spec.entry_point):
+        importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end."""
+    held, is_main = [], threading.current_thread() is threading.main_thread()
+    numbers = STOP_SIGNALS if is_main else ()
+    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
+    """Whether processes save more than the 40 µs an environment that talking to them costs."""
+    with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
+        vector.reset(seed=0)
+        actions = vector.action_space.sample()
+        seconds = min(timeit.repeat(lambda: vector.step(actions), number=1, repeat=20))
+    return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
+
+
+# twin: td3_jax sac_jax mpo_jax
+def environment_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """(N, A) in [-1, 1] -> what the environments take, each dimension from its low to its high"""
+    scaled = space.low + (space.high - space.low) * (actions.reshape(-1, *space.shape) + 1) / 2
+    return scaled.clip(space.low, space.high).astype(space.dtype)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def check_finite(env_id: str, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if array.dtype != np.uint8 and not np.isfinite(array).all():
+            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def evaluate(
+    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
+) -> list[float]:
+    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
+    first_returns, frames = {}, []
+    with contextlib.closing(trained.for_evaluation()) as envs:
+        envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
+        for _ in range(LONGEST_EVALUATION):
+            if video and 0 not in first_returns:
+                frames.append(envs.frame())
+            envs.step(act(envs.observations))
+            check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
+            if is_stopped():
+                return []
+            first_returns = {n: episode_return for n, episode_return, _ in envs.pop_episodes()} | first_returns
+            if len(first_returns) == envs.num_envs:
+                break
+        else:
+            warn(f"{envs.num_envs - len(first_returns)} evaluation episodes did not end, and do not count")
+    if frames:
+        video.parent.mkdir(exist_ok=True)
+        importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30).write_videofile(str(video), logger=None)
+    return list(first_returns.values())
+
+
+# ------------------------------------------------------------------------------------------------- stopwatch and run
+
+OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
+TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+class Stopwatch:
+    """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
+    with a slash is part of another."""
+
+    def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
+        self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.lap_start = time.perf_counter()
+
+    def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
+        """Phase None is made of phases: it runs as it is written."""
+        if phase is None:
+            return function(*arguments)
+        start = time.perf_counter()
+        result = self.compiled.get(function, function)(*arguments)
+        self.fence(result)
+        self.seconds[phase] += weight * (time.perf_counter() - start)
+        return result
+
+    def fused(self, phase: str | None, function: Callable, *arguments):
+        """Clocks and waits for nothing, so that phases may run into one another."""
+        return self.compiled.get(function, function)(*arguments)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap, of the whole `iteration`, and of its `other` rest."""
+        now, seconds = time.perf_counter(), {"record": 0.0} | self.seconds
+        inside = sum(value for phase, value in seconds.items() if phase not in OUTSIDE and "/" not in phase)
+        seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
+        seconds["other"] = seconds["iteration"] - inside
+        self.seconds.clear()
+        self.lap_start = now
+        return seconds
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+class Run:
+    """A run's directory, W&B record, progress bar, checkpoints and signals."""
+
+    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
+        self.config, self.envs, self.stopwatch = config, envs, stopwatch
+        if config.wandb_mode == "online" and not wandb.login(prompt=False):
+            raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
+        self.directory, run_id = open_directory(config)
+        self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
+        self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if self.iteration > config.num_iterations:
+            raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
+        self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
+        self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
+        self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
+        versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
+        about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
+        about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
+        if config.wandb_mode != "online":
+            os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            self.wandb = wandb.init(
+                **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+                **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "name": self.directory.name},
+                **{"id": run_id, "resume": "allow", "dir": self.directory},
+                config=dataclasses.asdict(config) | about,
+                settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+            )
+        except wandb.Error as error:
+            if not config.resume:
+                (self.directory / "config.json").unlink()  # the same command may be tried again
+            raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
+        self.wandb.define_metric("*", step_metric="global_step")
+        self.log = self.wandb.log
+        steps = config.num_iterations * config.iteration_steps
+        self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> "Run":
+        is_main = threading.current_thread() is threading.main_thread()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS} if is_main else {}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+        try:
+            self.wandb.finish(exit_code=int(exception[0] not in (None, SystemExit)))
+        except Exception as error:
+            warn(f"the W&B record has no end: {one_line(error)}")
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # W&B's own hook at exit would print a traceback
+        gc.unfreeze()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ends the run after this iteration; a second signal ends it at once."""
+        self.stop_signal = number
+        signal.signal(number, self.handlers[number])
+
+    def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
+        """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
+        arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
+        if not arrays:
+            return learner
+        try:
+            memory.from_numpy(arrays)
+            rng.bit_generator.state = self.rng_state
+            return from_numpy(learner, arrays)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"the checkpoint is not of this run: {one_line(error)}"
+            raise BadInput(f"--resume {self.directory}: {what}") from error
+
+    def iterations(self) -> Iterator[int]:
+        """Counted from 1, until the last or until a signal."""
+        self.row["times/compile"].append(self.stopwatch.lap()["compile"])
+        if self.iteration < self.config.num_iterations:
+            self.envs.restart(self.global_step)
+        gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase
+        while self.iteration < self.config.num_iterations and not self.stop_signal:
+            self.iteration += 1
+            yield self.iteration
+
+    @property
+    def global_step(self) -> int:
+        return self.iteration * self.config.iteration_steps
+
+    def is_timed(self, iteration: int) -> bool:
+        """Whether this iteration runs phase by phase."""
+        return self.config.timing_interval > 0 and iteration % self.config.timing_interval == 0
+
+    def is_due(self, interval: int) -> bool:
+        """Whether this iteration reached another multiple of the interval (in steps; 0: never)."""
+        before = self.global_step - self.config.iteration_steps
+        is_last = self.iteration == self.config.num_iterations  # `conclude` does what is due then
+        return interval > 0 and self.global_step // interval > before // interval and not is_last
+
+    def check(self, metrics: dict[str, float]) -> None:
+        constant_returns = {"losses/explained_variance"}  # have none: it may be NaN
+        if not all(math.isfinite(metrics[name]) for name in metrics.keys() - constant_returns):
+            raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        """Adds an iteration to the row; a timed iteration has a row of its own."""
+        episodes = self.envs.pop_episodes()
+        for _, episode_return, length in episodes:
+            self.add({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+        self.episodes += episodes
+        self.recent_returns.extend(episode_return for _, episode_return, _ in episodes)
+        self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
+        is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
+        is_last = self.iteration == self.config.num_iterations
+        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+            return
+        is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
+        self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
+
+    def media(self, samples: Callable[[], dict[str, np.ndarray]]) -> dict:
+        _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
+        self.histograms_at, self.episodes, media = self.iteration, [], {}
+        episodes = {"episodic_return": np.array(returns), "episodic_length": np.array(lengths)}
+        for name, x in (samples() | episodes).items():
+            if x.dtype == np.uint8:
+                media[f"images/{name}"] = wandb.Image(x)
+            elif len(x):  # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+                media[f"histograms/{name}"] = wandb.Histogram(x.astype(np.float32).astype(np.float64))
+        return media
+
+    def add(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if math.isfinite(value):  # the explained variance of constant returns is not
+                self.row[key].append(value)
+
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
+        if not self.row:
+            return
+        totals = {f"times/{phase}" for phase in OUTSIDE}
+        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        if "times/iteration" in row:
+            row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
+            row["charts/iteration"] = self.iteration
+        if self.recent_returns:
+            row["charts/return_last_100"] = sum(self.recent_returns) / len(self.recent_returns)
+            self.bar.set_postfix_str(f"return {row['charts/return_last_100']:.4g}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        self.row.clear()
+        try:
+            self.log(row | media() | {"global_step": self.global_step})
+        except Exception as error:  # a broken record must not end the training
+            warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
+            self.log = lambda row: None
+
+    def evaluate(self, act: Callable) -> list[float]:
+        if not self.config.eval_episodes:
+            return []
+        video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, lambda: bool(self.stop_signal))
+        self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
+        return returns
+
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        """Keeps this checkpoint and the one before it."""
+        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
+        self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
+
+    def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        arrays = state()
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
+        progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
+        progress["recent_returns"] = list(self.recent_returns)
+        path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
+        save_arrays(path, arrays, progress)
+        for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
+            old.unlink()
+
+    def conclude(
+        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
+    ) -> list[float]:
+        """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
+        if self.stop_signal or (self.config.checkpoint_every and self.iteration):
+            self.save_checkpoint(state, rng)
+        returns = []
+        if not self.stop_signal:
+            if self.config.save_model:
+                model = {name: array for name, array in state().items() if not name.startswith(TRAINING_ONLY)}
+                metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
+                arguments = self.directory / "model.safetensors", model, metadata
+                self.stopwatch.timed("checkpoint", save_arrays, *arguments)
+            returns = self.evaluate(act)
+        if self.stop_signal:  # perhaps during the evaluation
+            self.bar.close()
+            print(f"stopped; go on with: python {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            raise SystemExit(128 + self.stop_signal)
+        self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
+        self.send_row()
+        self.bar.close()
+        for name, what, of in ("training", "last {}", self.recent_returns), ("evaluation", "{} greedy", returns):
+            if of:
+                spread = f"{np.mean(of):.1f} ± {np.std(of):.1f} (mean ± std, {what.format(len(of))} episodes)"
+                print(f"{name + ':':11} return {spread}")
+        print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
+        return returns
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*: (.*)", info)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
+    text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+        if metadata.get("sha256") != checksum(arrays, metadata.get("json", "")):
+            raise ValueError("its checksum is wrong, or none of these scripts wrote it")
+        return arrays, json.loads(metadata["json"])
+    except Exception as error:  # safetensors raises whatever a foreign header leads to
+        raise BadInput(f"cannot use {path}: {one_line(error)}") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def has_checkpoint(config: Config) -> bool:
+    return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
+    paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return load_arrays(path)
+        except BadInput as error:
+            warn(str(error))
+    if paths:
+        raise BadInput(f"--resume {directory}: no checkpoint there can be used")
+    warn(f"{directory} has no checkpoint yet; the run begins anew")
+    return {}, {}
+
+
+# twin: td3_jax sac_jax mpo_jax vpg_torch
+def load_model(path: str, learner: Learner) -> Learner:
+    """The weights of a model.safetensors that this script wrote."""
+    arrays, _ = load_arrays(path)
+    expected = {name: array for name, array in to_numpy(learner).items() if not name.startswith(TRAINING_ONLY)}
+    for name in sorted(arrays.keys() | expected.keys()):
+        there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
+        if there != here:
+            why = "it was trained with another script, environment or --hidden-sizes"
+            raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
+    return from_numpy(learner, arrays)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def open_directory(config: Config) -> tuple[Path, str]:
+    """The directory of the run, new unless it is resumed, and its W&B id."""
+    if config.resume:
+        path = Path(config.resume) / "config.json"
+        run_id = json.loads(path.read_text())["wandb_id"]
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
+        os.replace(path.with_suffix(".part"), path)
+        return path.parent, run_id
+    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+    if (directory / "config.json").exists():
+        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"wandb_id": run_id}, indent=2))
+    except OSError as error:
+        raise BadInput(f"cannot write to {directory}: {one_line(error)}; choose another --run-dir") from error
+    return directory, run_id
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+class BadInput(Exception):
+    """The run cannot begin; the message says what would be right."""
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+class TrainingFailed(Exception):
+    """A number is not finite, or a file cannot be written."""
+
+
+# twin: td3_jax sac_jax mpo_jax
+def validate(config: Config) -> Config:
+    """Raises BadInput where a value is not what Config allows, or where values do not go together."""
+    config = checked_fields(config)
+    together = f"{config.num_envs} environments x {config.action_repeat} repeats"
+    if config.log_interval % config.vector_step:
+        raise BadInput(f"--log-interval {config.log_interval}: must be a multiple of {together}")
+    if 0 < config.total_timesteps < config.log_interval:
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one --log-interval")
+    if config.total_timesteps and not num_updates(config.num_iterations * config.log_interval, config):
+        learning = f"--learning-starts {config.learning_starts}, --updates-per-step {config.updates_per_step}"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
+    if config.buffer_size < config.num_envs:
+        raise BadInput(f"--buffer-size {config.buffer_size}: must hold a transition of each of the environments")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def checked_fields(config: Config) -> Config:
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(json.loads(config.env_kwargs), dict):
+            return config
+    raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def parse(arguments: list[str], default: Config) -> Config:
+    """The command line as tyro reads it, its boxed complaints as one line."""
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            raise BadInput(" ".join(re.sub("[─-╿]", " ", complaints.getvalue()).split())) from stop
+        raise
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def parse_config(arguments: list[str]) -> Config:
+    """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
+    config = parse(arguments, Config())
+    if not config.resume:
+        return config
+    try:
+        recorded = json.loads((Path(config.resume) / "config.json").read_text())
+        values = {field.name: recorded[field.name] for field in dataclasses.fields(Config)}
+        _, recorded = recorded["wandb_id"], validate(Config(**values | {"resume": config.resume}))
+    except (BadInput, OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {config.resume}: no run of this script is there ({one_line(error)})") from error
+    config = parse(arguments, recorded)
+    free = {"total_timesteps", "device", "wandb_mode", "eval_episodes", "eval_interval", "capture_video", "save_model"}
+    for name, value in dataclasses.asdict(config).items():
+        if name not in free and value != getattr(recorded, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} cannot change in a resumed run; it is {getattr(recorded, name)}")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+def main() -> int:
+    try:
+        train(parse_config(sys.argv[1:]))
+        return 0
+    except (BadInput, TrainingFailed, KeyboardInterrupt) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        return {BadInput: 2, TrainingFailed: 1, KeyboardInterrupt: 130}[type(error)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
