@@ -308,8 +308,8 @@ def polyak(target: Network, network: Network, tau: float) -> Network:
 # ---------------------------------------------------------------------------------------------------------- update
 
 
-def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Critics, Tensor, Tensor]:
-    """-> gradient of the critics' loss, the loss, mean Q"""
+def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Critics, Tensor, Tensor, Tensor]:
+    """-> gradient of the critics' loss, the loss, mean Q, α"""
     next_actions, next_log_probs = actions_and_log_probs(*learner.actor(batch.next_observations), batch.next_noise)
     next_q, alpha = learner.target_critics(batch.next_observations, next_actions), temperature(learner, config)
     targets = critic_targets(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, config.gamma)
@@ -319,11 +319,11 @@ def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Cri
         return critic_loss(q, targets), q.mean()
 
     (loss, q_mean), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.critics)
-    return gradient, loss, q_mean
+    return gradient, loss, q_mean, alpha
 
 
-def actor_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Network, Tensor, Tensor]:
-    """-> gradient of the policy's loss, the loss, log π(â|s) (B,)"""
+def actor_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Network, Tensor, Tensor, Tensor]:
+    """-> gradient of the policy's loss, the loss, log π(â|s) (B,), their -mean"""
 
     def loss_of(actor: Network) -> tuple[Tensor, Tensor]:
         actions, log_probs = actions_and_log_probs(*actor(batch.observations), batch.noise)
@@ -331,7 +331,7 @@ def actor_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Netw
         return actor_loss(q, log_probs, temperature(learner, config)), log_probs
 
     (loss, log_probs), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.actor)
-    return gradient, loss, log_probs
+    return gradient, loss, log_probs, -log_probs.mean()
 
 
 def temperature(learner: Learner, config: Config) -> Tensor:
@@ -378,17 +378,19 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    gradient, critics_loss, q_mean = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
+    critics = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
+    gradient, critics_loss, q_mean, alpha = critics
     learner = timed("weight_update", update_critics, learner, gradient, config)
-    gradient, policy_loss, log_probs = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
+    actor = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
+    gradient, policy_loss, log_probs, entropy = actor
     learner = timed("weight_update", update_actor, learner, gradient, config)
-    temperature_loss = jnp.zeros_like(policy_loss)
     if config.autotune:
         gradient, temperature_loss = timed("loss", timed, "loss/alpha", alpha_gradient, learner, batch, log_probs)
         learner = timed("weight_update", update_alpha, learner, gradient, config)
+    else:
+        temperature_loss = 0 * policy_loss
     learner = timed("target_update", update_targets, learner, config)
-    losses = critics_loss, q_mean, policy_loss, -log_probs.mean(), temperature_loss, temperature(learner, config)
-    return learner, Metrics(*losses)
+    return learner, Metrics(critics_loss, q_mean, policy_loss, entropy, temperature_loss, alpha)
 
 
 # twin: td3_jax sac_jax mpo_jax

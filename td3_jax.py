@@ -346,7 +346,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
         learner = timed("weight_update", update_actor, learner, gradient, config)
         return timed("target_update", update_targets, learner, config), loss
 
-    learner, policy_loss = when(batch.is_delayed, delayed, learner, otherwise=jnp.full_like(loss, jnp.nan))
+    learner, policy_loss = when(batch.is_delayed, delayed, learner, loss.dtype)
     return learner, Metrics(loss, q_mean, policy_loss)
 
 
@@ -542,11 +542,11 @@ def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
-def when(condition: Tensor | np.ndarray, function: Callable, learner: Learner, otherwise: Tensor):
-    """function(learner), or (learner, otherwise): jax.lax.cond where JAX traces, and else an if."""
+def when(condition: Tensor | np.ndarray, function: Callable, learner: Learner, dtype: np.dtype):
+    """function(learner), or (learner, NaN): jax.lax.cond where JAX traces, and else an if."""
     if isinstance(condition, jax.core.Tracer):
-        return jax.lax.cond(condition, function, lambda learner: (learner, otherwise), learner)
-    return function(learner) if condition else (learner, otherwise)
+        return jax.lax.cond(condition, function, lambda learner: (learner, jnp.full((), jnp.nan, dtype)), learner)
+    return function(learner) if condition else (learner, math.nan)
 
 
 # twin: td3_jax sac_jax mpo_jax

@@ -438,9 +438,9 @@ def test_a_phase_ends_when_its_result_is_there(module):
     quick = stopwatch.compiled[module.critic_gradient]
 
     def slow(*arguments):
-        gradient, loss, q_mean = quick(*arguments)
+        gradient, *rest = quick(*arguments)
         zero = unfinished_zero(module)
-        return jax.tree.map(lambda x: x + zero, gradient), loss, q_mean
+        return jax.tree.map(lambda x: x + zero, gradient), *rest
 
     stopwatch.compiled[module.critic_gradient] = slow
     stopwatch.lap()

@@ -107,7 +107,7 @@ def test_ten_updates_against_torch(autotune):
                 temperature_loss = -(log_alpha.exp() * (log_probs - 2)).mean()
                 descend("log_alpha", temperature_loss)
             twin.move_targets("critics")
-            losses = loss, torch.stack(q).mean(), policy_loss, -log_probs.mean(), temperature_loss, log_alpha.exp()
+            losses = loss, torch.stack(q).mean(), policy_loss, -log_probs.mean(), temperature_loss, alpha
             expected.append([x.item() for x in losses])
         learner, metrics = jax.jit(sac_jax.update, static_argnames=("config", "timed"))(
             learner, batch, config, sac_jax.new_stopwatch().fused
