@@ -89,6 +89,8 @@ TITLES = {
     "times/loss/value": "value loss",
     "times/loss/critic": "critic loss",
     "times/loss/actor": "actor loss",
+    "times/loss/alpha": "temperature loss",
+    "times/loss/dual": "temperature dual",
     "losses/policy_loss": "policy loss",
     "losses/actor_loss": "actor loss",
     "losses/value_loss": "value loss",

@@ -124,14 +124,14 @@ class Config:
     tau: Fraction = 0.005  # τ, how far the targets move towards their networks
     num_critics: Count = 1  # C, critics; of several the minimum counts
     num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
-    temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # to the optimum compiled or by scipy; one step
+    temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # to the optimum: compiled, scipy's; or one step
     epsilon: Positive = 0.1  # ε, KL from the samples' weights to even ones
     epsilon_mean: Positive = 1e-2  # ε_μ, KL that the policy's means may make
     epsilon_cov: Positive = 1e-4  # ε_Σ, KL that its covariances may make
     per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ, or the sum over them
     action_penalty: bool = True  # pull actions into [-1, 1], by a second objective
     epsilon_penalty: Positive = 1e-3  # ε of the action penalty
-    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the ReLU layers
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the layers
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
     log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
@@ -245,9 +245,7 @@ class Batch(NamedTuple):
     actions: np.ndarray  # (U, B, A)
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
-    next_observations: (
-        np.ndarray
-    )  # (U, B, O), true ones where an episode was truncated, of a new one where it terminated
+    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated; where it terminated, others
     noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
 
 
@@ -1101,7 +1099,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""

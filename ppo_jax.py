@@ -883,7 +883,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""

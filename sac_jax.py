@@ -254,7 +254,7 @@ class Metrics(NamedTuple):
     actor_loss: Tensor
     entropy: Tensor  # -mean log π(â|s)
     alpha_loss: Tensor
-    alpha: Tensor
+    alpha: Tensor  # of the targets and the policy's loss, before this update
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -378,11 +378,11 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    critics = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
-    gradient, critics_loss, q_mean, alpha = critics
+    results = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
+    gradient, critics_loss, q_mean, alpha = results
     learner = timed("weight_update", update_critics, learner, gradient, config)
-    actor = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
-    gradient, policy_loss, log_probs, entropy = actor
+    results = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
+    gradient, policy_loss, log_probs, entropy = results
     learner = timed("weight_update", update_actor, learner, gradient, config)
     if config.autotune:
         gradient, temperature_loss = timed("loss", timed, "loss/alpha", alpha_gradient, learner, batch, log_probs)
@@ -865,7 +865,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""

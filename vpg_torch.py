@@ -59,7 +59,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -690,6 +690,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
             signal.signal(number, signal.SIG_IGN)
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
+    quieten_mujoco(env_id)
     env = gym.make(env_id, render_mode=render_mode, **kwargs)
     action_parts(env.action_space)  # raises where it is not supported
     space = env.observation_space
@@ -697,6 +698,15 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     if is_image or not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; what flattens to a vector is")
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+@cache
+def quieten_mujoco(env_id: str) -> None:
+    """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
+    spec = gym.registry.get(env_id)
+    if spec and "gymnasium.envs.mujoco" in str(spec.entry_point):
+        importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch

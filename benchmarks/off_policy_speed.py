@@ -6,13 +6,12 @@ Stable-Baselines3, on HalfCheetah-v5: one update a step, networks of 256 x 256, 
 
 Every measurement is a fresh process, the contestants take turns, and each ratio compares runs of the same turn. Ours
 is the whole run after compilation, with recording and timing at their defaults, as its own record has it: iterations
-and checkpoints. SB3's and SBX's is the wall clock of `learn` after a warm-up, without any recording, SB3 with the
-number of threads that is fastest for it (it was measured with one and with all, `--sb3-threads`).
+and checkpoints. SB3's and SBX's is the wall clock of `learn` after a warm-up, without any recording, SB3 with
+`--sb3-threads` threads of torch: try 1 and all, and take the faster.
 """
 
 import csv
 import importlib
-import json
 import os
 import platform
 import statistics
@@ -27,6 +26,9 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.ppo_speed import recorded_rows  # noqa: E402
+
 ALGORITHMS = ("td3", "sac")
 PACKAGES = {"sb3": "stable_baselines3", "sbx": "sbx"}
 VERSIONS = ("stable-baselines3", "sbx-rl", "torch", "jax", "gymnasium", "mujoco", "numpy")
@@ -60,21 +62,14 @@ def measure_peer(package: str, algorithm: str, config: Config) -> float:
 
 
 def measure_ours(algorithm: str, config: Config) -> float:
-    sys.path.insert(0, str(ROOT))
     module = importlib.import_module(f"{algorithm}_jax")
     with tempfile.TemporaryDirectory() as folder:
         settings = {"learning_starts": LEARNING_STARTS, "total_timesteps": LEARNING_STARTS + config.steps}
         module.train(module.Config(**settings, eval_episodes=0, run_dir=f"{folder}/run"))
-        (record,) = Path(folder).glob("run/wandb/offline-run-*/run-*.wandb")
-        command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
-        lines = []
-        while not any('"type":"exit"' in line for line in lines):  # W&B may still be writing
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    rows = [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line]
+        rows = recorded_rows(Path(folder) / "run")
     learning = [row for row in rows if row["global_step"] > LEARNING_STARTS]
-    return sum(row.get(f"times/{phase}", 0) for row in learning for phase in ("iteration", "checkpoint")) / (
-        config.steps / 1000
-    )
+    seconds = sum(row.get(f"times/{phase}", 0) for row in learning for phase in ("iteration", "checkpoint"))
+    return seconds / config.steps * 1000
 
 
 def main(config: Config) -> None:

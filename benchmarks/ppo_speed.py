@@ -64,18 +64,24 @@ def measure_ours(contestant: str, total_timesteps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = {"total_timesteps": total_timesteps, "eval_episodes": 0, "run_dir": f"{folder}/run"}
         module.train(module.Config(**config | run))
-        (record,) = Path(folder).glob("run/wandb/offline-run-*/run-*.wandb")
-        command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
-        lines = []
-        while not any('"type":"exit"' in line for line in lines):  # W&B may still be writing
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        rows = recorded_rows(Path(folder) / "run")
     seconds, iterations = 0.0, 0
-    for row in (json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line):
+    for row in rows:
         if "charts/iteration" in row:
             seconds += row["times/iteration"] * (row["charts/iteration"] - iterations)
             iterations = row["charts/iteration"]
         seconds += row.get("times/checkpoint", 0) + row.get("times/probe", 0)
     return iterations * 512 / seconds
+
+
+def recorded_rows(run_dir: Path) -> list[dict]:
+    """What a run gave W&B, read once its record has an end"""
+    (record,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
+    lines = []
+    while not any('"type":"exit"' in line for line in lines):  # W&B may still be writing
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line]
 
 
 def main(config: Config) -> None:

@@ -275,6 +275,12 @@ def test_summary_separates_timed_from_fused_iterations_and_divides_steps_by_time
     }
 
 
+def test_summary_has_the_mean_of_the_last_five_evaluations():
+    rows = [{"global_step": k, "charts/evaluation_return": float(k**2)} for k in range(1, 8)]
+    assert compare.summarise(rows)["evaluation_return_last_5"] == (9 + 16 + 25 + 36 + 49) / 5
+    assert "evaluation_return_last_5" not in compare.summarise(rows[:4])
+
+
 def test_a_row_with_a_timed_and_a_fused_iteration_counts_by_its_phases():
     mixed = {"times/iteration": 5.0, "times/update": 1.0, "times/loss": 6.0, "times/step": 2.0, "times/other": 0.5}
     summary = compare.summarise([{"global_step": 1} | mixed])

@@ -15,7 +15,7 @@ from flax import linen as nn
 import mpo_jax
 from mpo_jax import Gaussian, Learner, Multipliers, Network
 from tests.test_off_policy import configured, random_batch, sizes
-from tests.torch_twin import doubled
+from tests.torch_twin import Twin, doubled
 
 SOLVERS = list(mpo_jax.SOLVERS)
 
@@ -340,19 +340,7 @@ def test_ten_updates_are_the_same_fused_and_timed_and_again(solver, flags):
     assert (temperature_error < {"newton": 1e-6, "slsqp": 1e-2, "adam": 1e3}[solver]).all()
 
 
-class Torch:
-    """The networks in PyTorch, from the arrays that the script saves"""
-
-    def __init__(self, arrays: dict[str, np.ndarray]):
-        self.params = {
-            name: torch.tensor(x, requires_grad=not name.startswith("target_"))
-            for name, x in arrays.items()
-            if not name.startswith("optimizer.")
-        }
-
-    def weights(self, network: str) -> list[torch.Tensor]:
-        return [x for name, x in self.params.items() if name.startswith(f"{network}.")]
-
+class Torch(Twin):
     def __call__(self, network: str, x: torch.Tensor, which: int | None = None) -> torch.Tensor:
         def array(name: str) -> torch.Tensor:
             return self.params[f"{network}.{name}"] if which is None else self.params[f"{network}.{name}"][which]
@@ -378,7 +366,7 @@ def test_ten_updates_against_torch(per_dim):
     normal, kl_divergence = torch.distributions.Normal, torch.distributions.kl_divergence
     with jax.enable_x64(True):
         learner, batch = learner_of(config), doubled(batch)
-        twin = Torch(mpo_jax.to_numpy(learner))
+        twin = Torch(mpo_jax.to_numpy(learner), config.tau)
         temperatures, alpha_mean, alpha_cov = (
             twin.params[name] for name in ("temperatures", "multipliers.mean", "multipliers.cov")
         )
@@ -433,10 +421,7 @@ def test_ten_updates_against_torch(per_dim):
             limits = config.epsilon_mean, config.epsilon_cov
             slack = [limit - kl.detach() for limit, kl in zip(limits, kls, strict=True)]
             descend(adams[3], (softplus(alpha_mean) * slack[0]).sum() + (softplus(alpha_cov) * slack[1]).sum())
-            with torch.no_grad():
-                for name, x in twin.params.items():
-                    if name.startswith("target_"):
-                        x += config.tau * (twin.params[name.removeprefix("target_")] - x)
+            twin.move_targets("actor", "critics")
             best = grid_minimum(q.numpy(), 0.1)
             losses = critics_loss, torch.stack(both).mean(), policy_loss, eta[0], abs(eta[0] / best - 1)
             about = *(kl.mean() for kl in kls), *(price.mean() for price in prices), stds.mean(), cost.mean()

@@ -6,10 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +21,13 @@ import sac_jax
 import td3_jax
 from tests.backends import unfinished_zero
 from tests.test_ppo_torch import inspect, timing_rows, watched_clock
-from tests.test_reliability import ROOT, Process, checkpoints, step_of, tensors, wait_for
+from tests.test_reliability import (
+    ROOT,
+    assert_a_signal_leaves_a_checkpoint,
+    assert_resumes_to_the_bit,
+    checkpoints,
+    step_of,
+)
 
 MODULES = [td3_jax, sac_jax, mpo_jax]
 each = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -211,10 +215,9 @@ def test_actions_are_scaled_to_each_dimension_and_stored_as_they_were(module):
 
 
 def test_scaled_actions():
-    space = module_space = td3_jax.spaces.Box(np.array([-1.0, 0.0, -3.0]), np.array([1.0, 10.0, -2.0]))
+    space = td3_jax.spaces.Box(np.array([-1.0, 0.0, -3.0]), np.array([1.0, 10.0, -2.0]))
     actions = np.array([[-1, -1, -1], [1, 1, 1], [0, 0.5, -0.5]], np.float32)
     expected = [[-1, 0, -3], [1, 10, -2], [0, 7.5, -2.75]]
-    assert module_space.dtype == space.dtype
     for module in MODULES:
         np.testing.assert_array_equal(module.environment_actions(actions, space), np.array(expected))
 
@@ -356,7 +359,7 @@ def test_a_bandit_is_solved(module, tmp_path):
         sac_jax: {"q_lr": 1e-3, "alpha": 1e-4, "autotune": False},
         mpo_jax: {"q_lr": 1e-3, "policy_lr": 1e-3, "epsilon_cov": 1e-3},
     }[module]
-    result = module.train(configured(module, "Bandit", {}, **flags, run_dir=str(tmp_path / "run")))
+    result = module.train(configured(module, "Bandit", {}, **flags, seed=11, run_dir=str(tmp_path / "run")))
     space = td3_jax.spaces.Box(np.array([-0.5, 2.0]), np.array([1.0, 10.0]))
     actions = module.act(result.learner.actor, np.array([[1], [-1]], np.float32))
     best = np.array([[0.7, 4.0], [-0.2, 8.0]])
@@ -409,11 +412,11 @@ HEAVY = {
 @each
 def test_a_heavier_phase_shows_in_its_own_key(module, phase):
     config = configured(module, total_timesteps=1000)
-    often = 500 if phase in ("forward", "step", "sample") else 100  # they take less than what others differ by
+    often = 500 if phase in ("forward", "step", "sample") else 200  # they take less than what others differ by
     light, heavy = laps(module, config), laps(module, config, HEAVY[phase], often)
     growth = {key: heavy[key] - light[key] for key in heavy}
     assert growth[phase] > 0.5 * growth["iteration"] > 0, growth
-    assert heavy[phase] > 10 * light[phase]
+    assert heavy[phase] > 20 * light[phase]
     assert growth[phase.split("/")[0]] > 0.5 * growth["iteration"]
 
 
@@ -543,32 +546,13 @@ FLAGS = shlex.split(
 
 @each
 def test_killed_and_resumed(module, tmp_path):
-    """kill -9 after a checkpoint; the resumed run ends with the very bytes of one that was not killed."""
     flags = [*FLAGS, "--total-timesteps", "4000", "--checkpoint-interval", "500"]
-    script = ROOT / f"{module.__name__}.py"
-    whole = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "whole", script=script)
-    assert whole.end().code == 0
-    process = Process(tmp_path / "two", *flags, "--run-dir", tmp_path / "killed", script=script)
-    wait_for(lambda: len(checkpoints(tmp_path / "killed")) == 2, process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.end().code == -signal.SIGKILL
-    assert not (tmp_path / "killed/model.safetensors").exists()
-    resumed = Process(tmp_path / "three", "--resume", tmp_path / "killed", script=script)
-    outcome = resumed.end()
-    assert outcome.code == 0 and outcome.err == []
-    assert tensors(tmp_path / "killed/model.safetensors") == tensors(tmp_path / "whole/model.safetensors")
+    assert_resumes_to_the_bit(ROOT / f"{module.__name__}.py", tmp_path, *flags)
 
 
 @each
 def test_a_signal_ends_the_run_and_leaves_a_checkpoint(module, tmp_path):
-    flags = [*FLAGS, "--total-timesteps", "10000000", "--checkpoint-interval", "0"]
-    process = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "run", script=ROOT / f"{module.__name__}.py")
-    wait_for(lambda: process.err.read_text().count("step/s") > 3, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    outcome = process.end()
-    assert outcome.code == 143 and len(outcome.err) == 1 and "--resume" in outcome.err[0]
-    assert step_of(checkpoints(tmp_path / "run")[0]) > 0
-    wait_for(lambda: not process.children())
+    assert_a_signal_leaves_a_checkpoint(ROOT / f"{module.__name__}.py", tmp_path, *FLAGS)
 
 
 # ------------------------------------------------------------------------------------------------- models and input

@@ -7,8 +7,6 @@ depends on how a framework computes: fences, compilation, saved state, random nu
 import contextlib
 import dataclasses
 import json
-import os
-import signal
 import time
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,7 @@ import ppo_mlx
 import ppo_torch
 from tests.backends import unfinished_zero
 from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
-from tests.test_reliability import ROOT, Process, checkpoints, step_of, tensors, wait_for
+from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, assert_resumes_to_the_bit
 
 OTHERS = [ppo_mlx, ppo_jax]
 each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
@@ -183,32 +181,13 @@ FLAGS = ["--num-envs", "2", "--num-steps", "16", "--eval-episodes", "1", "--vect
 
 @each_other
 def test_killed_and_resumed(module, tmp_path):
-    """kill -9 after a checkpoint; the resumed run ends with the very bytes of one that was not killed."""
     flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "160"]
-    script = ROOT / f"{module.__name__}.py"
-    whole = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "whole", script=script)
-    assert whole.end().code == 0
-    process = Process(tmp_path / "two", *flags, "--run-dir", tmp_path / "killed", script=script)
-    wait_for(lambda: len(checkpoints(tmp_path / "killed")) == 2, process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.end().code == -signal.SIGKILL
-    assert not (tmp_path / "killed/model.safetensors").exists()
-    resumed = Process(tmp_path / "three", "--resume", tmp_path / "killed", script=script)
-    outcome = resumed.end()
-    assert outcome.code == 0 and outcome.err == []
-    assert tensors(tmp_path / "killed/model.safetensors") == tensors(tmp_path / "whole/model.safetensors")
+    assert_resumes_to_the_bit(ROOT / f"{module.__name__}.py", tmp_path, *flags)
 
 
 @each_other
 def test_a_signal_ends_the_run_and_leaves_a_checkpoint(module, tmp_path):
-    flags = [*FLAGS, "--total-timesteps", "10000000", "--checkpoint-interval", "0"]
-    process = Process(tmp_path / "one", *flags, "--run-dir", tmp_path / "run", script=ROOT / f"{module.__name__}.py")
-    wait_for(lambda: process.err.read_text().count("step/s") > 3, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    outcome = process.end()
-    assert outcome.code == 143 and len(outcome.err) == 1 and "--resume" in outcome.err[0]
-    assert step_of(checkpoints(tmp_path / "run")[0]) > 0
-    wait_for(lambda: not process.children())
+    assert_a_signal_leaves_a_checkpoint(ROOT / f"{module.__name__}.py", tmp_path, *FLAGS)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -124,6 +124,28 @@ def environment_variables(home: Path) -> dict[str, str]:
     return ours | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
+def assert_resumes_to_the_bit(script: Path, folder: Path, *flags: str) -> None:
+    """kill -9 after the second checkpoint; the resumed run ends with the very bytes of one that was not killed."""
+    whole = Process(folder / "one", *flags, "--run-dir", folder / "whole", script=script)
+    assert whole.end().code == 0
+    process = Process(folder / "two", *flags, "--run-dir", folder / "killed", script=script)
+    wait_for(lambda: len(checkpoints(folder / "killed")) == 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end().code == -signal.SIGKILL
+    assert not (folder / "killed/model.safetensors").exists()
+    outcome = Process(folder / "three", "--resume", folder / "killed", script=script).end()
+    assert outcome.code == 0 and outcome.err == []
+    assert_same_model(folder / "killed", folder / "whole")
+
+
+def assert_a_signal_leaves_a_checkpoint(script: Path, folder: Path, *flags: str) -> None:
+    endless = [*flags, "--total-timesteps", "10000000", "--checkpoint-interval", "0", "--run-dir", folder / "run"]
+    process = Process(folder / "one", *endless, script=script)
+    wait_for(lambda: process.err.read_text().count("step/s") > 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert step_of(assert_stopped(process, folder / "run", 143)) > 0
+
+
 def wait_for(condition: Callable, process: Process | None = None):
     deadline = time.monotonic() + DEADLINE
     while not (result := condition()):

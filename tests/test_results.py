@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from benchmarks import learning, ppo_speed, unfenced, widths
+from benchmarks import learning, off_policy_speed, ppo_speed, unfenced, widths
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +28,16 @@ def test_speed_ratios_compare_neighbours_in_time():
         "| sb3 | 75 (50 to 100) | 1.00 (1.00 to 1.00) | 1.50 (1.00 to 2.00) |",
         "| sbx | 50 (50 to 50) | 0.75 (0.50 to 1.00) | 1.00 (1.00 to 1.00) |",
         "| ppo_torch | 175 (150 to 200) | 2.50 (2.00 to 3.00) | 3.50 (3.00 to 4.00) |",
+    ]
+
+
+def test_off_policy_ratios_compare_neighbours_in_time():
+    rows = [(0, "td3", "sb3", 8.0), (0, "td3", "sbx", 4.0), (0, "td3", "ours", 2.0)]
+    rows += [(1, "td3", "sb3", 6.0), (1, "td3", "sbx", 2.0), (1, "td3", "ours", 1.5)]
+    assert off_policy_speed.markdown_table(rows).splitlines()[2:] == [
+        "| TD3 | SB3 (PyTorch) | 7.00 ± 1.41 | 2.50 (2.00 to 3.00) | 1.00 (1.00 to 1.00) |",
+        "| TD3 | SBX (JAX) | 3.00 ± 1.41 | 1.00 (1.00 to 1.00) | 0.42 (0.33 to 0.50) |",
+        "| TD3 | `td3_jax.py` | 1.75 ± 0.35 | 0.62 (0.50 to 0.75) | 0.25 (0.25 to 0.25) |",
     ]
 
 
