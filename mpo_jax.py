@@ -777,15 +777,18 @@ def device_name(learner: Learner) -> str:
 
 
 def new_stopwatch() -> "Stopwatch":
-    whole = jax.jit(update, static_argnames=("config", "timed"), donate_argnames="learner")
+    static, donated = {"static_argnames": "config"}, {"donate_argnames": "learner"}
+    whole = jax.jit(update, static_argnames=("config", "timed"), **donated)
 
     def fused(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
         """In one piece, but around a solver on the host in compiled pieces"""
         return (update if config.temperature_solver == "slsqp" else whole)(learner, batch, config, timed)
 
-    others = sample_values, critic_gradient, solve_by_newton, solve_by_adam, actor_gradient
-    others += multipliers_gradient, policy_metrics, update_critics, update_actor, update_multipliers, update_targets
-    compiled = {function: jax.jit(function, static_argnames="config") for function in others}
+    gradients = critic_gradient, actor_gradient, multipliers_gradient
+    updates = update_critics, update_actor, update_multipliers, update_targets
+    compiled = {f: jax.jit(f, **static, **donated) for f in updates}
+    for function in (sample_values, solve_by_newton, solve_by_adam, *gradients, policy_metrics):
+        compiled[function] = jax.jit(function, **static)
     return Stopwatch(jax.block_until_ready, compiled | {update: fused})
 
 
@@ -809,7 +812,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
         batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
-    update(learner, batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
+    update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
 
 @jax.jit

@@ -552,12 +552,14 @@ def device_name(learner: Learner) -> str:
 
 
 def new_stopwatch() -> "Stopwatch":
+    static, donated = {"static_argnames": "config"}, {"donate_argnames": "learner"}
     compiled = {
-        update: jax.jit(update, static_argnames=("config", "timed"), donate_argnames="learner"),
+        update: jax.jit(update, static_argnames=("config", "timed"), **donated),
         alpha_gradient: jax.jit(alpha_gradient),
     }
-    others = critic_gradient, actor_gradient, update_critics, update_actor, update_alpha, update_targets
-    compiled |= {function: jax.jit(function, static_argnames="config") for function in others}
+    compiled |= {f: jax.jit(f, **static) for f in (critic_gradient, actor_gradient)}
+    updates = update_critics, update_actor, update_alpha, update_targets
+    compiled |= {f: jax.jit(f, **static, **donated) for f in updates}
     return Stopwatch(jax.block_until_ready, compiled)
 
 
@@ -581,7 +583,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
         batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
-    update(learner, batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
+    update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
 
 @jax.jit

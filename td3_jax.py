@@ -508,12 +508,13 @@ def device_name(learner: Learner) -> str:
 
 
 def new_stopwatch() -> "Stopwatch":
+    static, donated = {"static_argnames": "config"}, {"donate_argnames": "learner"}
     compiled = {
-        update: jax.jit(update, static_argnames=("config", "timed"), donate_argnames="learner"),
+        update: jax.jit(update, static_argnames=("config", "timed"), **donated),
+        critic_gradient: jax.jit(critic_gradient, **static),
         actor_gradient: jax.jit(actor_gradient),
     }
-    others = critic_gradient, update_critics, update_actor, update_targets
-    compiled |= {function: jax.jit(function, static_argnames="config") for function in others}
+    compiled |= {f: jax.jit(f, **static, **donated) for f in (update_critics, update_actor, update_targets)}
     return Stopwatch(jax.block_until_ready, compiled)
 
 
@@ -533,7 +534,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
         batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     batch = batch._replace(is_delayed=np.ones(count, bool))
-    update(learner, batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
+    update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
 
 # twin: td3_jax sac_jax mpo_jax

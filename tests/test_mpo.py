@@ -286,7 +286,9 @@ def test_gradients_stop():
     rng = np.random.default_rng(0)
     learner = learner._replace(actor=jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), learner.actor))
     timed = mpo_jax.new_stopwatch().timed
-    updated = partial(mpo_jax.update_minibatch, batch=batch, config=config, timed=timed)
+
+    def updated(learner: mpo_jax.Learner) -> tuple[mpo_jax.Learner, mpo_jax.Metrics]:
+        return mpo_jax.update_minibatch(mpo_jax.copied(learner), batch, config, timed)
 
     def same(one, other) -> bool:
         return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))

@@ -72,7 +72,7 @@ def test_the_policy_moves_at_every_second_update():
     learner, stopwatch = td3_jax.new_learner(sizes(), config), td3_jax.new_stopwatch()
     for first, moves in (1, False), (2, True), (3, False):
         batch = random_batch(td3_jax, config, range(first, first + 1))
-        after, metrics = td3_jax.update(learner, batch, config, stopwatch.timed)
+        after, metrics = td3_jax.update(td3_jax.copied(learner), batch, config, stopwatch.timed)
         before_and_after = td3_jax.to_numpy(learner), td3_jax.to_numpy(after)
         for name in ("actor.0.weight", "target_actor.0.weight", "target_critics.0.weight"):
             assert np.array_equal(*(arrays[name] for arrays in before_and_after)) == (not moves)
