@@ -548,7 +548,7 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""

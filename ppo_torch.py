@@ -15,6 +15,7 @@
 """Proximal policy optimisation (PPO) in PyTorch, in one file.
 
     python ppo_torch.py --env-id CartPole-v1
+    torchrun --nproc-per-node 2 ppo_torch.py --env-id CartPole-v1
 
 Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
@@ -32,6 +33,9 @@ ICLR blog track 2022. The defaults are CleanRL's for CartPole-v1; the README has
 Shapes: T steps, N environments, B samples of a batch or minibatch, *O the shape of one observation, A dimensions of an
 action. Actions always have the last axis A, also for Discrete (A = 1). The rollout keeps a continuous action as it was
 sampled; `environment_actions` clips it to its bounds for the environment alone.
+
+Processes that torchrun starts have N environments each, and learn as one process with all their batches would; the
+first records the run, and its own episodes.
 """
 
 import contextlib
@@ -65,6 +69,7 @@ import numpy as np
 import pydantic
 import safetensors.numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 import wandb
@@ -96,7 +101,7 @@ class Config:
     learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
     final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
     anneal_lr: bool = True  # go linearly from --learning-rate to --final-learning-rate
-    num_envs: Count = 4  # N, environments that step together
+    num_envs: Count = 4  # N, environments that step together, in each process
     num_steps: Count = 128  # T, steps of each environment between two updates
     gamma: Fraction = 0.99  # discount factor γ
     gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
@@ -140,7 +145,7 @@ class Config:
 
     @property
     def iteration_steps(self) -> int:
-        return self.batch_size
+        return self.batch_size * num_processes()
 
     @property
     def num_iterations(self) -> int:
@@ -364,6 +369,7 @@ def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[T
 
 def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[Learner, Tensor]:
     """Scales the gradient by min(1, max_grad_norm / (norm + 1e-6)); one step of Adam -> learner, norm before"""
+    gradient = mean_over_processes(gradient)
     norm = gradient.norm()
     learner.weights.grad = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1)
     learner.optimizer.step()
@@ -387,13 +393,16 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
 
 
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Batch]:
-    """One epoch: each sample once, in the order given; advantages are normalised within each minibatch."""
+    """One epoch: each sample once, in the order given; advantages are normalised within each minibatch, that of all
+    processes together."""
     indices = torch.from_numpy(permutation).to(batch.values.device)
     shuffled = Batch(*(field[indices].unflatten(0, (config.num_minibatches, -1)) for field in batch))
     if config.norm_adv:
         advantages = shuffled.advantages  # (M, B / M)
-        deviations = advantages - advantages.mean(1, keepdim=True)
-        shuffled = shuffled._replace(advantages=deviations / (advantages.std(1, keepdim=True) + 1e-8))
+        deviations = advantages - mean_over_processes(advantages.mean(1, keepdim=True))
+        size = advantages.shape[1] * num_processes()
+        variances = mean_over_processes(deviations.square().mean(1, keepdim=True)) * size / (size - 1)
+        shuffled = shuffled._replace(advantages=deviations / (variances.sqrt() + 1e-8))
     return list(map(Batch, *shuffled))
 
 
@@ -413,7 +422,9 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         losses.append(minibatch_losses)
         log_ratios.append(log_ratio)
     kl = timed("kl", kl_and_clip_fraction, torch.stack(log_ratios), config.clip_coef)
-    return learner, kl | {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    metrics = kl | {name: torch.stack([x[name] for x in losses]).mean() for name in losses[0]}
+    means = mean_over_processes(torch.stack(list(metrics.values())))
+    return learner, dict(zip(metrics, means, strict=True))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -468,6 +479,7 @@ def collect_rollout(
     final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
     returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
     check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
+    share_statistics(envs)
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
 
 
@@ -481,19 +493,18 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
     config = validate(config)
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
-    with contextlib.closing(Environments(config, config.num_envs)) as envs:
-        learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
+    with processes(config) as own, contextlib.closing(Environments(own, own.num_envs)) as envs:
+        learner, rng = new_learner(envs, own), np.random.default_rng(own.seed)
         if config.load_model and not has_checkpoint(config):
             learner = load_model(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+        with new_run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
@@ -609,6 +620,63 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     for name, value in zip(adam, to_tensors(learner.agent, *(arrays[name] for name in adam)), strict=True):
         learner.optimizer.state[learner.weights][name.removeprefix("optimizer.")] = value
     return learner
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+# twin: ppo_torch vpg_torch
+def num_processes() -> int:
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+# twin: ppo_torch vpg_torch
+@contextlib.contextmanager
+def processes(config: Config) -> Iterator[Config]:
+    """Joins the processes that torchrun started -> the config with a seed of this one's own, the first's as it is."""
+    if not dist.is_torchelastic_launched():
+        yield config
+        return
+    rank, local_rank, number = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number and config.device in ("auto", "cuda"):
+        if local_rank >= number:
+            raise BadInput(f"--nproc-per-node: more processes than GPUs, {number}; --device cpu takes any number")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
+    try:
+        seed = np.random.SeedSequence([config.seed, rank]).generate_state(1, np.uint64)[0] >> 1
+        yield dataclasses.replace(config, seed=int(seed)) if rank else config
+    finally:
+        dist.destroy_process_group()
+
+
+# twin: ppo_torch vpg_torch
+def mean_over_processes(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+# twin: ppo_torch vpg_torch
+def new_run(config: Config, envs: "Environments", stopwatch: "Stopwatch", **about: str) -> "Run":
+    if not dist.is_initialized():
+        return Run(config, envs, stopwatch, **about)
+    if dist.get_rank() > 0:
+        return Follower(config, envs, stopwatch)
+    return SharedRun(config, envs, stopwatch, processes=str(dist.get_world_size()), **about)
+
+
+def share_statistics(envs: "Environments") -> None:
+    """Moments over all processes, each of which has seen as many samples as any other"""
+    for name in ("observation", "return"):
+        if not dist.is_initialized() or f"{name}_mean" not in envs.statistics:
+            continue
+        mean, var = (torch.as_tensor(envs.statistics[f"{name}_{moment}"]) for moment in ("mean", "var"))
+        shared = mean_over_processes(mean)
+        var = mean_over_processes(var + (mean - shared) ** 2)
+        envs.statistics |= {f"{name}_mean": shared.numpy(), f"{name}_var": var.numpy()}
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -1111,6 +1179,71 @@ class Run:
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
+
+
+# twin: ppo_torch vpg_torch
+class SharedRun(Run):
+    """A run of several processes: they begin with the same weights, keep them, and stop after the same iteration."""
+
+    def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
+        self.learner = super().restore(learner, rng, memory)
+        first = [(state(learner, memory), self.iteration)]
+        dist.broadcast_object_list(first)
+        arrays, self.iteration = first[0]
+        memory.from_numpy(arrays)
+        return from_numpy(learner, arrays)
+
+    def on_signal(self, number: int, frame) -> None:
+        """Is heard by one process, and heeded when all know."""
+        self.heard = number
+        if self.iteration == self.config.num_iterations:  # nobody waits for anybody any more
+            self.stop_signal = number
+        signal.signal(number, self.handlers[number])
+
+    def iterations(self) -> Iterator[int]:
+        self.heard = 0
+        for iteration in super().iterations():
+            yield iteration
+            weights = sum(float(x.sum(dtype=np.float64)) for x in to_numpy(self.learner).values())
+            largest = torch.tensor([self.heard, weights, -weights], dtype=torch.float64)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            self.stop_signal = int(largest[0])
+            if largest[1] != -largest[2]:
+                raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
+
+
+# twin: ppo_torch vpg_torch
+class Follower(SharedRun):
+    """The run as all processes but the first see it: nothing is recorded, evaluated or written."""
+
+    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch):
+        self.config, self.envs, self.stopwatch = config, envs, stopwatch
+        self.iteration, self.checkpoint, self.stop_signal, self.directory = 0, {}, None, None
+        self.row = defaultdict(list)
+        self.bar, self.wandb = tqdm(disable=True), wandb.init(mode="disabled")
+
+    def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
+        learner = super().restore(learner, rng, memory)
+        self.save_checkpoint(None, rng)
+        return learner
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        self.envs.pop_episodes()
+        self.stopwatch.lap()
+
+    def evaluate(self, act: Callable) -> list[float]:
+        return []
+
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        """A resumed run must find this state again without a file."""
+        rng.bit_generator.state = np.random.default_rng([self.envs.config.seed, self.global_step]).bit_generator.state
+
+    def conclude(
+        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
+    ) -> list[float]:
+        if self.stop_signal:
+            raise SystemExit(128 + self.stop_signal)
+        return []
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch

@@ -544,10 +544,12 @@ def trained(learner: Learner) -> list[tuple[str, nn.Module, torch.optim.Adam]]:
 # ------------------------------------------------------------------------------------------------ several processes
 
 
+# twin: ppo_torch vpg_torch
 def num_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
+# twin: ppo_torch vpg_torch
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[Config]:
     """Joins the processes that torchrun started -> the config with a seed of this one's own, the first's as it is."""
@@ -567,6 +569,7 @@ def processes(config: Config) -> Iterator[Config]:
         dist.destroy_process_group()
 
 
+# twin: ppo_torch vpg_torch
 def mean_over_processes(x: Tensor) -> Tensor:
     if not dist.is_initialized():
         return x
@@ -586,6 +589,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return 1 - moments(returns - values)[1] / moments(returns)[1]
 
 
+# twin: ppo_torch vpg_torch
 def new_run(config: Config, envs: "Environments", stopwatch: "Stopwatch", **about: str) -> "Run":
     if not dist.is_initialized():
         return Run(config, envs, stopwatch, **about)
@@ -1052,6 +1056,7 @@ class Run:
         return returns
 
 
+# twin: ppo_torch vpg_torch
 class SharedRun(Run):
     """A run of several processes: they begin with the same weights, keep them, and stop after the same iteration."""
 
@@ -1082,6 +1087,7 @@ class SharedRun(Run):
                 raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
 
 
+# twin: ppo_torch vpg_torch
 class Follower(SharedRun):
     """The run as all processes but the first see it: nothing is recorded, evaluated or written."""
 

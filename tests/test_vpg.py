@@ -1,5 +1,5 @@
 """vpg_torch.py: its equations against literals, NumPy and torch.distributions, actions of several parts against an
-environment whose optimum is known for each, and several processes against one.
+environment whose optimum is known for each.
 
 Where a test gives a tolerance without a word it is the rounding of float64 (1e-12), relative to numbers of about 1.
 """
@@ -7,14 +7,12 @@ Where a test gives a tolerance without a word it is the rounding of float64 (1e-
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -424,6 +422,19 @@ def test_a_bandit_is_learnt_from_data_alone():
 # -------------------------------------------------------------------------------------------------- whole runs
 
 
+def test_the_readme_quotes_both_updates():
+    """In its table of VPG beside PPO; flags stand there without their underscores"""
+    header = "| | `vpg_torch.py` | `ppo_torch.py` |\n"
+    rows = (ROOT / "README.md").read_text().split(header)[1].split("\n\n")[0].splitlines()[1:]
+    quoted = 0
+    for column, name in (2, "vpg_torch.py"), (3, "ppo_torch.py"):
+        source = (ROOT / name).read_text()
+        for quote in re.findall("`(.*?)`", " ".join(row.split(" | ")[column - 1] for row in rows)):
+            assert quote.removeprefix("--").replace("-", "_" if quote.startswith("--") else "-") in source, quote
+            quoted += 1
+    assert quoted > 15
+
+
 def test_every_part_of_a_mixed_action_is_learnt(tmp_path):
     flags = {"total_timesteps": 60_000, "num_envs": 16, "num_steps": 32, "value_iters": 10, "vectorization": "sync"}
     flags |= {"gamma": 0.0, "wandb_mode": "disabled"}  # no step has a part in the next
@@ -563,106 +574,3 @@ def test_a_saved_model_acts_the_same(tmp_path):
     assert loaded.evaluation_returns == trained.evaluation_returns
     for name, x in weights(trained.learner).items():
         assert np.array_equal(x, weights(loaded.learner)[name]), name
-
-
-# ----------------------------------------------------------------------------------------------- several processes
-
-# Updates from data, in a process of torchrun with its part of the columns of each batch.
-WORKER = """
-import os, pickle, sys
-sys.path.insert(0, os.getcwd())
-import numpy as np, torch
-torch.set_default_dtype(getattr(torch, sys.argv[2]))
-import vpg_torch
-from tests import test_vpg
-number = int(os.environ["WORLD_SIZE"])
-config = vpg_torch.Config(value_iters=5, hidden_sizes=(7,), num_envs=4 // number, num_steps=9, ent_coef=0.1)
-with vpg_torch.processes(config) as own_config:
-    learner = vpg_torch.new_learner(3, test_vpg.PARTS, config)
-    rank = int(os.environ["RANK"])
-    own = slice(rank * config.num_envs, (rank + 1) * config.num_envs)
-    assert config.iteration_steps == 36 and (own_config.seed == config.seed) == (rank == 0)
-    for seed in range(3):
-        batch = vpg_torch.mapped(lambda x: x[:, own], tuple(test_vpg.random_batch(seed=seed)))
-        learner, metrics = vpg_torch.update(learner, vpg_torch.Batch(*batch), config)
-    np.savez(f"{sys.argv[1]}/{number}-{rank}.npz", **vpg_torch.to_numpy(learner), **metrics)
-"""
-
-
-def torchrun(folder: Path, number: int, *command, **options) -> Process:
-    prefix = ("-m", "torch.distributed.run", "--nproc-per-node", str(number), "--master-port", "0")
-    prefix += ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-    return Process(folder, *command[1:], prefix=prefix, script=command[0], **options)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
-def test_two_processes_with_half_the_batch_each_update_as_one_with_all(dtype, tolerance, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    for number in (1, 2):
-        outcome = torchrun(tmp_path / "output", number, tmp_path / "worker.py", tmp_path, dtype).end()
-        assert outcome.code == 0, outcome.err
-    one, first, second = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("1-0", "2-0", "2-1"))
-    untrained = vpg_torch.to_numpy(new_learner(3, PARTS, Config(hidden_sizes=(7,))))
-    for name in one:
-        assert np.array_equal(first[name], second[name]), name
-        np.testing.assert_allclose(first[name], one[name], rtol=tolerance, atol=tolerance, err_msg=name)
-        if name in untrained and untrained[name].size:
-            assert np.abs(one[name] - untrained[name]).max() > 1e-4, name
-
-
-def test_a_run_of_two_processes(tmp_path):
-    """One run directory, written by the first; killed and resumed it ends with the same bytes."""
-    script = ROOT / "vpg_torch.py"
-    flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "320"]
-    outcome = torchrun(tmp_path / "o1", 2, script, *flags, "--run-dir", tmp_path / "run").end()
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.count("evaluation:") == outcome.out.count("written to") == 1
-    names = {"checkpoints", "config.json", "model.safetensors"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
-    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 1
-    assert step_of(checkpoints(tmp_path / "run")[-1]) == 1600 // 64 * 64  # steps of both
-
-    killed = torchrun(
-        tmp_path / "o2", 2, script, *flags[:-2], "--checkpoint-interval", "320", "--run-dir", tmp_path / "k"
-    )
-    wait_for(lambda: len(checkpoints(tmp_path / "k")) == 2, killed)
-    for pid in [*killed.children(), killed.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    killed.popen.wait()
-    assert not (tmp_path / "k/model.safetensors").exists()
-    outcome = torchrun(tmp_path / "o3", 2, script, "--resume", tmp_path / "k").end()
-    assert outcome.code == 0, outcome.err
-    assert_same_model(tmp_path / "k", tmp_path / "run")
-
-
-def test_sigterm_stops_all_processes_with_a_checkpoint(tmp_path):
-    flags = [*FLAGS, "--total-timesteps", "10000000", "--checkpoint-interval", "320"]
-    process = torchrun(tmp_path / "output", 2, ROOT / "vpg_torch.py", *flags, "--run-dir", tmp_path / "run")
-    wait_for(lambda: checkpoints(tmp_path / "run"), process)
-    os.kill(process.pid, signal.SIGTERM)
-    outcome = process.end()
-    assert outcome.code != 0
-    assert sum("go on with" in line for line in outcome.err) == 1, outcome.err
-    assert not any('vpg_torch.py", line' in line for line in outcome.err), outcome.err
-    assert not (tmp_path / "run/model.safetensors").exists()
-    wait_for(lambda: not process.children())
-    step = step_of(checkpoints(tmp_path / "run")[-1])
-    assert script("--resume", tmp_path / "run", "--total-timesteps", step + 64)[0] == 0  # in one process
-
-
-def test_processes_with_other_weights_are_found_out(tmp_path):
-    (tmp_path / "worker.py").write_text(
-        "import os, sys\nsys.path.insert(0, os.getcwd())\nimport vpg_torch\n"
-        "step = vpg_torch.descend\n"
-        "def descend(optimizer, gradient):\n"
-        "    norm = step(optimizer, gradient)\n"
-        "    optimizer.param_groups[0]['params'][0].data[0] += 1e-6 * int(os.environ['RANK'])\n"
-        "    return norm\n"
-        "vpg_torch.descend = descend\n"
-        "sys.exit(vpg_torch.main())\n"
-    )
-    flags = [*FLAGS, "--total-timesteps", "320", "--run-dir", tmp_path / "run"]
-    outcome = torchrun(tmp_path / "output", 2, tmp_path / "worker.py", *flags).end()
-    assert outcome.code != 0
-    assert any("have different weights at step 64" in line for line in outcome.err), outcome.err
