@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from benchmarks import learning, off_policy_speed, ppo_speed, unfenced, widths
+from benchmarks import learning, off_policy_speed, ppo_speed, processes, unfenced, widths
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,13 +32,21 @@ def test_speed_ratios_compare_neighbours_in_time():
 
 
 def test_off_policy_ratios_compare_neighbours_in_time():
-    rows = [(0, "td3", "sb3", 8.0), (0, "td3", "sbx", 4.0), (0, "td3", "ours", 2.0)]
-    rows += [(1, "td3", "sb3", 6.0), (1, "td3", "sbx", 2.0), (1, "td3", "ours", 1.5)]
+    rows = [(0, "sac", "sb3", 8.0), (0, "sac", "sbx", 4.0), (0, "sac", "ours", 2.0), (0, "mpo", "ours", 6.0)]
+    rows += [(1, "sac", "sb3", 6.0), (1, "sac", "sbx", 2.0), (1, "sac", "ours", 1.5), (1, "mpo", "ours", 6.0)]
     assert off_policy_speed.markdown_table(rows).splitlines()[2:] == [
-        "| TD3 | SB3 (PyTorch) | 7.00 ± 1.41 | 2.50 (2.00 to 3.00) | 1.00 (1.00 to 1.00) |",
-        "| TD3 | SBX (JAX) | 3.00 ± 1.41 | 1.00 (1.00 to 1.00) | 0.42 (0.33 to 0.50) |",
-        "| TD3 | `td3_jax.py` | 1.75 ± 0.35 | 0.62 (0.50 to 0.75) | 0.25 (0.25 to 0.25) |",
+        "| SAC | SB3 (PyTorch) | 7.00 ± 1.41 | 2.50 (2.00 to 3.00) | 1.00 (1.00 to 1.00) |",
+        "| SAC | SBX (JAX) | 3.00 ± 1.41 | 1.00 (1.00 to 1.00) | 0.42 (0.33 to 0.50) |",
+        "| SAC | `sac_jax.py` | 1.75 ± 0.35 | 0.62 (0.50 to 0.75) | 0.25 (0.25 to 0.25) |",
+        "| MPO | `mpo_jax.py` | 6.00 ± 0.00 | 2.25 (1.50 to 3.00) | 0.88 (0.75 to 1.00) |",
     ]
+
+
+def test_ratios_of_processes_compare_neighbours_in_time():
+    rows = [(0, "vpg_torch.py", "A", 1, 100), (0, "vpg_torch.py", "A", 2, 150)]
+    rows += [(1, "vpg_torch.py", "A", 1, 300), (1, "vpg_torch.py", "A", 2, 600)]
+    expected = "| `vpg_torch.py` | A | 200 | 375 | 1.75 (1.50 to 2.00) |"
+    assert processes.markdown_table(rows).splitlines()[2:] == [expected]
 
 
 def test_unfenced_table_in_the_readme_is_that_of_the_records():
