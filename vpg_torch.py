@@ -96,7 +96,7 @@ class Config:
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions and environments
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
-    policy_lr: Positive = 1e-2  # Adam's learning rate of the policy at the start
+    policy_lr: Positive = 3e-3  # Adam's learning rate of the policy at the start
     value_lr: Positive = 1e-3  # Adam's learning rate of the value function
     anneal_lr: bool = True  # go linearly from --policy-lr to 0
     value_iters: Count = 40  # K, value steps of an update

@@ -115,11 +115,9 @@ ROWS = {
         VPG,
         first_seed=11,
     ),
-    "vpg_hopper": Row(
-        "--env-id Hopper-v5 --policy-lr 3e-3 --total-timesteps 1000000", 3, "450 ± 92 at 10M [5]", VPG, first_seed=11
-    ),
+    "vpg_hopper": Row("--env-id Hopper-v5 --total-timesteps 1000000", 3, "450 ± 92 at 10M [5]", VPG, first_seed=11),
     "vpg_halfcheetah": Row(
-        "--env-id HalfCheetah-v5 --policy-lr 3e-3 --total-timesteps 1000000",
+        "--env-id HalfCheetah-v5 --total-timesteps 1000000",
         3,
         "1285 ± 441 at 10M [5]",
         VPG,
