@@ -447,8 +447,9 @@ def test_a_phase_ends_when_its_result_is_there(module):
         return jax.tree.map(lambda x: x + zero, gradient), *rest
 
     stopwatch.compiled[module.critic_gradient] = slow
-    stopwatch.lap()
-    module.update(learner, batch, config, stopwatch.timed)
+    for _ in range(2):  # the additions are compiled at the first
+        stopwatch.lap()
+        learner, _ = module.update(learner, batch, config, stopwatch.timed)
     lap = stopwatch.lap()
     assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
 
