@@ -408,12 +408,15 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
 
 
 def kl_mean(policy: Gaussian, target: Gaussian) -> Tensor:
-    """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A) (C_μ of MPO's appendix, REPI 4.2)"""
+    """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A)
+
+    MPO eq. 27 and REPI section 4.2; the former prints the names C_μ and C_Σ the other way round.
+    """
     return 0.5 * ((policy.means - target.means) / target.stds) ** 2
 
 
 def kl_cov(policy: Gaussian, target: Gaussian) -> Tensor:
-    """KL(N(μ', Σ') ‖ N(μ', Σ)) = log σ/σ' + ½ σ'²/σ² - ½ of each dimension, (B, A) (C_Σ, likewise)"""
+    """KL(N(μ', Σ') ‖ N(μ', Σ)) = log σ/σ' + ½ σ'²/σ² - ½ of each dimension, (B, A) (likewise)"""
     ratio = target.stds / policy.stds
     return 0.5 * ratio**2 - jnp.log(ratio) - 0.5
 

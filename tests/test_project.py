@@ -200,3 +200,24 @@ def test_make_without_a_python(make):
 def test_make_run_of_a_script_that_is_not_there(make):
     result, calls = make("run", "SCRIPT=sacc_torch.py", pythons={"python3.11": PYTHON})
     assert result.returncode == 2 and "sacc_torch.py" in result.stderr and calls == []
+
+
+def code_lines(source: str, first: str, last: str) -> int:
+    """Lines between two headings that hold code: no blank ones, comments or docstrings"""
+    lines = source.splitlines()
+    start, end = (next(n for n, line in enumerate(lines, 1) if line.endswith(f"- {part}")) for part in (first, last))
+    defined = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    docstrings = [node.body[0] for node in defined if ast.get_docstring(node) is not None]
+    in_docstrings = {n for node in docstrings for n in range(node.lineno, node.end_lineno + 1)}
+    numbered = [(n, line.strip()) for n, line in enumerate(lines, 1) if start < n < end and n not in in_docstrings]
+    return sum(bool(line) and not line.startswith("#") for _, line in numbered)
+
+
+def test_code_lines():
+    source = '# -- networks\n\ndef f():\n    """One\n    two"""\n    # why\n    return 1  # one\n\n# -- rollout\nx = 1\n'
+    assert code_lines(source, "networks", "rollout") == 2
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_the_part_of_the_paper_stays_short(path):
+    assert code_lines(path.read_text(), "networks", "rollout") <= (120 if path.stem == "vpg_torch" else 250)
