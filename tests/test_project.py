@@ -214,7 +214,7 @@ def code_lines(source: str, first: str, last: str) -> int:
 
 
 def test_code_lines():
-    source = '# -- networks\n\ndef f():\n    """One\n    two"""\n    # why\n    return 1  # one\n\n# -- rollout\nx = 1\n'
+    source = '# -- networks\n\ndef f():\n    """One\n    two"""\n    # why\n    return 1  # one\n# -- rollout\n'
     assert code_lines(source, "networks", "rollout") == 2
 
 
