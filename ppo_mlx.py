@@ -382,7 +382,7 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
     return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_mlx ppo_jax
 def explained_variance(batch: Batch) -> Tensor:
     """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
     return 1 - batch.advantages.var() / batch.returns.var()
@@ -993,6 +993,8 @@ class Stopwatch:
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
+    launcher = "python"
+
     def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not wandb.login(prompt=False):
@@ -1000,6 +1002,11 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if (step := progress.get("global_step", self.global_step)) != self.global_step:
+            why = "it was started with other environments, steps or processes"
+            raise BadInput(
+                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
+            )
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
@@ -1146,11 +1153,14 @@ class Run:
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
             self.log = lambda row: None
 
+    def is_stopped(self) -> bool:
+        return bool(self.stop_signal)
+
     def evaluate(self, act: Callable) -> list[float]:
         if not self.config.eval_episodes:
             return []
         video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
-        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, lambda: bool(self.stop_signal))
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, self.is_stopped)
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
@@ -1163,7 +1173,7 @@ class Run:
         arrays = state()
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
@@ -1186,7 +1196,7 @@ class Run:
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
-            print(f"stopped; go on with: python {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
             raise SystemExit(128 + self.stop_signal)
         self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
         self.send_row()
@@ -1324,8 +1334,9 @@ def validate(config: Config) -> Config:
     rollout = f"{config.num_envs} environments x {config.num_steps} steps"
     if config.batch_size % config.num_minibatches or config.batch_size == config.num_minibatches:
         raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {rollout} into parts of 2 or more")
-    if 0 < config.total_timesteps < config.batch_size:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    if 0 < config.total_timesteps < config.iteration_steps:
+        steps = f"{config.iteration_steps} steps"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {steps}")
     return config
 
 

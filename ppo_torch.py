@@ -59,6 +59,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import cache, cached_property, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -335,10 +336,16 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
     return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
 def explained_variance(batch: Batch) -> Tensor:
-    """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
-    return 1 - batch.advantages.var() / batch.returns.var()
+    """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â, over all processes"""
+    return 1 - moments(batch.advantages)[1] / moments(batch.returns)[1]
+
+
+# twin: ppo_torch vpg_torch
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all processes"""
+    mean = mean_over_processes(x.mean())
+    return mean, mean_over_processes(((x - mean) ** 2).mean())
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -642,7 +649,8 @@ def processes(config: Config) -> Iterator[Config]:
         if local_rank >= number:
             raise BadInput(f"--nproc-per-node: more processes than GPUs, {number}; --device cpu takes any number")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
+    # gloo for tensors on the CPU, nccl for those on a GPU; all wait while the first evaluates
+    dist.init_process_group(timeout=timedelta(days=1))
     try:
         seed = np.random.SeedSequence([config.seed, rank]).generate_state(1, np.uint64)[0] >> 1
         yield dataclasses.replace(config, seed=int(seed)) if rank else config
@@ -652,6 +660,7 @@ def processes(config: Config) -> Iterator[Config]:
 
 # twin: ppo_torch vpg_torch
 def mean_over_processes(x: Tensor) -> Tensor:
+    """Of means, each over as many samples as any other"""
     if not dist.is_initialized():
         return x
     total = x.clone()
@@ -975,6 +984,8 @@ class Stopwatch:
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
+    launcher = "python"
+
     def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not wandb.login(prompt=False):
@@ -982,6 +993,11 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if (step := progress.get("global_step", self.global_step)) != self.global_step:
+            why = "it was started with other environments, steps or processes"
+            raise BadInput(
+                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
+            )
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
@@ -1128,11 +1144,14 @@ class Run:
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
             self.log = lambda row: None
 
+    def is_stopped(self) -> bool:
+        return bool(self.stop_signal)
+
     def evaluate(self, act: Callable) -> list[float]:
         if not self.config.eval_episodes:
             return []
         video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
-        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, lambda: bool(self.stop_signal))
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, self.is_stopped)
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
@@ -1145,7 +1164,7 @@ class Run:
         arrays = state()
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
@@ -1168,7 +1187,7 @@ class Run:
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
-            print(f"stopped; go on with: python {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
             raise SystemExit(128 + self.stop_signal)
         self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
         self.send_row()
@@ -1185,6 +1204,12 @@ class Run:
 class SharedRun(Run):
     """A run of several processes: they begin with the same weights, keep them, and stop after the same iteration."""
 
+    heard = 0  # the signal that this process got
+
+    @property
+    def launcher(self) -> str:
+        return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         self.learner = super().restore(learner, rng, memory)
         first = [(state(learner, memory), self.iteration)]
@@ -1194,21 +1219,23 @@ class SharedRun(Run):
         return from_numpy(learner, arrays)
 
     def on_signal(self, number: int, frame) -> None:
-        """Is heard by one process, and heeded when all know."""
+        """Is heard by one process, and heeded when all know. A second one changes nothing: torchrun sends one to all
+        that still run when the first process has ended, and kills those that take too long."""
         self.heard = number
         if self.iteration == self.config.num_iterations:  # nobody waits for anybody any more
             self.stop_signal = number
-        signal.signal(number, self.handlers[number])
+
+    def is_stopped(self) -> bool:
+        return bool(self.heard or self.stop_signal)
 
     def iterations(self) -> Iterator[int]:
-        self.heard = 0
         for iteration in super().iterations():
             yield iteration
             weights = sum(float(x.sum(dtype=np.float64)) for x in to_numpy(self.learner).values())
             largest = torch.tensor([self.heard, weights, -weights], dtype=torch.float64)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             self.stop_signal = int(largest[0])
-            if largest[1] != -largest[2]:
+            if largest[1] != -largest[2]:  # -largest[2] is the smallest
                 raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
 
 
@@ -1224,8 +1251,12 @@ class Follower(SharedRun):
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         learner = super().restore(learner, rng, memory)
-        self.save_checkpoint(None, rng)
+        self.reseed(rng)
         return learner
+
+    def reseed(self, rng: np.random.Generator) -> None:
+        """At every checkpoint, so that a resumed run finds this state again without a file"""
+        rng.bit_generator.state = np.random.default_rng([self.envs.config.seed, self.global_step]).bit_generator.state
 
     def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
         self.envs.pop_episodes()
@@ -1235,8 +1266,7 @@ class Follower(SharedRun):
         return []
 
     def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        """A resumed run must find this state again without a file."""
-        rng.bit_generator.state = np.random.default_rng([self.envs.config.seed, self.global_step]).bit_generator.state
+        self.reseed(rng)
 
     def conclude(
         self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
@@ -1371,8 +1401,9 @@ def validate(config: Config) -> Config:
     rollout = f"{config.num_envs} environments x {config.num_steps} steps"
     if config.batch_size % config.num_minibatches or config.batch_size == config.num_minibatches:
         raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {rollout} into parts of 2 or more")
-    if 0 < config.total_timesteps < config.batch_size:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    if 0 < config.total_timesteps < config.iteration_steps:
+        steps = f"{config.iteration_steps} steps"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {steps}")
     return config
 
 

@@ -24,15 +24,16 @@ Generalized Advantage Estimation", arXiv 1506.02438 (GAE). The order of steps is
 
     initialise policy π and value function V
     repeat
+        anneal the policy's learning rate
         act with π for T steps in N environments
         compute advantages Â with GAE(λ) from V, and rewards-to-go R̂, both going on with V where data ends
-        one step of Adam on  -log π(a|s) (Â - mean) / std - c₂ entropy(π)
+        one step of Adam on  -log π(a|s) (Â - mean) / std - c entropy(π)
         K steps of Adam on   (V(s) - R̂)² / 2
 
-Shapes: T steps, N environments, B = T·N samples, O entries of an observation, A entries of a part of the action, P
-outputs of all heads together. An action is one array or any nesting of dicts and tuples of arrays, its parts; each part
-has a head of its own on a shared trunk, and given the observation they are independent. Discrete parts count from 0; a
-continuous part is kept as it was sampled, and `environment_actions` alone scales and clips it to bounds that it has.
+Shapes: T steps, N environments, O entries of an observation, A entries of a part of the action. An action is one array
+or any nesting of dicts and tuples of arrays, its parts; each has a head of its own on a shared trunk, and given the
+observation they are independent. Discrete parts count from 0; a continuous part is kept as it was sampled, and
+`environment_actions` alone scales it to its bounds, where all are finite, or clips it to those that are.
 
 `update` sees data alone, wherever it comes from. Processes that torchrun starts have N environments each, and learn as
 one process with all their batches would; the first records the run, and its own episodes.
@@ -59,6 +60,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -95,7 +97,7 @@ class Config:
     env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions and environments
-    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
+    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments and processes together
     policy_lr: Positive = 3e-3  # Adam's learning rate of the policy at the start
     value_lr: Positive = 1e-3  # Adam's learning rate of the value function
     anneal_lr: bool = True  # go linearly from --policy-lr to 0
@@ -105,8 +107,8 @@ class Config:
     gamma: Fraction = 0.99  # discount factor γ
     gae_lambda: Fraction = 0.97  # λ of generalised advantage estimation
     norm_adv: bool = True  # normalise the advantages of a batch
-    ent_coef: NonNegative = 0.0  # c₂, weight of the entropy bonus
-    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers
+    ent_coef: NonNegative = 0.0  # c, weight of the entropy bonus
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers, of both networks
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, else cpu
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of torch; 0: 1, the fastest for small networks
@@ -161,7 +163,9 @@ class Policy(nn.Module):
         for (part,) in leaves(parts):
             size = sum(part.choices) or math.prod(part.shape)
             self.heads.append(initialised(nn.Linear(widths[-1], size), 0.01))
-            self.log_stds.append(torch.full((0 if part.choices else size,), -1.0))  # more noise drives means to bounds
+            self.log_stds.append(
+                torch.full((0 if part.choices else size,), -1.0)
+            )  # more would be clipped to bounds too often to tell
 
     def forward(self, observations: Tensor) -> list[Tensor]:
         features = self.trunk(observations)  # (T, N, O) -> (T, N, width)
@@ -237,6 +241,13 @@ def gae(
     return torch.stack(advantages[:0:-1])
 
 
+# twin: ppo_torch vpg_torch
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all processes"""
+    mean = mean_over_processes(x.mean())
+    return mean, mean_over_processes(((x - mean) ** 2).mean())
+
+
 def normalised(advantages: Tensor) -> Tensor:
     """(Â - mean) / std over all processes"""
     mean, variance = moments(advantages)
@@ -244,11 +255,14 @@ def normalised(advantages: Tensor) -> Tensor:
 
 
 def policy_loss(policy: Policy, batch: Batch, advantages: Tensor, ent_coef: float) -> tuple[Tensor, ...]:
-    """-mean log π(a|s) Â - c₂ mean entropy: minus its gradient estimates the policy gradient (PG theorem 1)
-    -> loss, its first term, entropy, log π(a|s) (T, N)"""
+    """-mean log π(a|s) Â - c mean entropy -> loss, its first term, entropy, log π(a|s) (T, N)
+
+    Minus the gradient of the first term estimates the policy gradient (PG theorem 1, whose γᵗ is left out as usual), up
+    to the scale of Â.
+    """
     log_probs, entropies = log_probs_and_entropies(policy, batch.observations, batch.actions)
-    score, entropy = -(log_probs * advantages).mean(), entropies.mean()
-    return score - ent_coef * entropy, score, entropy, log_probs
+    surrogate, entropy = -(log_probs * advantages).mean(), entropies.mean()
+    return surrogate - ent_coef * entropy, surrogate, entropy, log_probs
 
 
 def value_loss(critic: nn.Sequential, batch: Batch, returns: Tensor) -> tuple[Tensor]:
@@ -263,35 +277,62 @@ def kl_divergence(policy: Policy, batch: Batch, log_probs: Tensor) -> dict[str, 
     return {"approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(), "old_approx_kl": -log_ratio.mean()}
 
 
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """Of the rewards-to-go by the values, over all processes"""
+    return 1 - moments(returns - values)[1] / moments(returns)[1]
+
+
 @torch.no_grad()
 def targets(critic: nn.Sequential, batch: Batch, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Values V, advantages Â, rewards-to-go R̂, (T, N) each. R̂_t = r_t + γ R̂_{t+1}; where an episode is truncated or
     the batch ends r_t + γ V(s'_t), where it terminates r_t. That is Â + V with λ = 1."""
     values, next_values = (critic(x).squeeze(-1) for x in (batch.observations, batch.next_observations))
-    ends = batch.terminated, torch.maximum(batch.terminated, batch.truncated)
-    known = batch.rewards, values, next_values, *ends, config.gamma
+    done = torch.maximum(batch.terminated, batch.truncated)
+    known = batch.rewards, values, next_values, batch.terminated, done, config.gamma
     return values, gae(*known, config.gae_lambda), gae(*known, 1.0) + values
 
 
 # ---------------------------------------------------------------------------------------------------------- update
 
 
+def with_gradient(
+    loss: Callable[..., tuple[Tensor, ...]], network: nn.Module, *arguments
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the loss, its first result, as a vector of all weights; all results"""
+    results = loss(network, *arguments)
+    gradients = torch.autograd.grad(results[0], list(network.parameters()), materialize_grads=True)  # of empty log_stds
+    return torch.cat([part.flatten() for part in gradients]), [result.detach() for result in results]
+
+
+def descend(optimizer: torch.optim.Adam, gradient: Tensor) -> Tensor:
+    """One step of Adam against the mean gradient of all processes -> its norm"""
+    (weights,) = optimizer.param_groups[0]["params"]
+    weights.grad = mean_over_processes(gradient)
+    optimizer.step()
+    return weights.grad.norm()
+
+
 def update(
     learner: Learner, batch: Batch, config: Config, timed: Callable = lambda phase, function, *x: function(*x)
 ) -> tuple[Learner, dict[str, float]]:
-    """One step of the policy, K of the value function -> learner, losses/…"""
+    """One step of the policy, K of the value function -> learner, losses/…
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     policy, critic, policy_optimizer, critic_optimizer = learner
-    loss, value_losses = partial(timed, "loss", timed), []
+    timed_loss, value_losses = partial(timed, "loss", timed), []
     batch = Batch(*timed("gae", to_tensors, critic, batch))
     values, advantages, returns = timed("gae", targets, critic, batch, config)
     metrics = {"explained_variance": timed("gae", explained_variance, values, returns)}
     advantages = timed("gae", normalised, advantages) if config.norm_adv else advantages
-    gradient, results = loss("loss/policy", with_gradient, policy_loss, policy, batch, advantages, config.ent_coef)
+    gradient, results = timed_loss(
+        "loss/policy", with_gradient, policy_loss, policy, batch, advantages, config.ent_coef
+    )
     _, metrics["policy_loss"], metrics["entropy"], log_probs = results
     metrics["grad_norm"] = timed("weight_update", descend, policy_optimizer, gradient)
     metrics |= timed("kl", kl_divergence, policy, batch, log_probs)
     for _ in range(config.value_iters):
-        gradient, (squared_error,) = loss("loss/value", with_gradient, value_loss, critic, batch, returns)
+        gradient, (squared_error,) = timed_loss("loss/value", with_gradient, value_loss, critic, batch, returns)
         timed("weight_update", descend, critic_optimizer, gradient)
         value_losses.append(squared_error)
     metrics["value_loss"] = torch.stack(value_losses).mean()
@@ -456,23 +497,6 @@ def new_learner(observation_dim: int, parts: Any, config: Config) -> Learner:
     return Learner(policy, critic, *optimizers)
 
 
-def with_gradient(
-    loss: Callable[..., tuple[Tensor, ...]], network: nn.Module, *arguments
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of the loss, its first result, as a vector of all weights; all results"""
-    results = loss(network, *arguments)
-    gradients = torch.autograd.grad(results[0], list(network.parameters()), materialize_grads=True)  # of empty log_stds
-    return torch.cat([part.flatten() for part in gradients]), [result.detach() for result in results]
-
-
-def descend(optimizer: torch.optim.Adam, gradient: Tensor) -> Tensor:
-    """One step along the mean gradient of all processes -> its norm"""
-    (weights,) = optimizer.param_groups[0]["params"]
-    weights.grad = mean_over_processes(gradient)
-    optimizer.step()
-    return weights.grad.norm()
-
-
 def device_name(learner: Learner) -> str:
     device = next(learner.policy.parameters()).device
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
@@ -511,7 +535,7 @@ def to_tensors(network: nn.Module, arrays: Any) -> Any:
 
 
 def histograms(learner: Learner, batch: Batch, config: Config) -> dict[str, np.ndarray]:
-    """Of the record, values after the update; a part of an action goes by its place, such as actions/arm/0"""
+    """Of the record, values and advantages after the update; a part of an action goes by its place, as actions/arm/0"""
     values, advantages, _ = targets(learner.critic, Batch(*to_tensors(learner.critic, batch)), config)
     arrays = {"advantages": advantages.numpy(force=True), "values": values.numpy(force=True)}
     return {name: x.ravel() for name, x in (named("actions", batch.actions) | arrays).items()}
@@ -561,7 +585,8 @@ def processes(config: Config) -> Iterator[Config]:
         if local_rank >= number:
             raise BadInput(f"--nproc-per-node: more processes than GPUs, {number}; --device cpu takes any number")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
+    # gloo for tensors on the CPU, nccl for those on a GPU; all wait while the first evaluates
+    dist.init_process_group(timeout=timedelta(days=1))
     try:
         seed = np.random.SeedSequence([config.seed, rank]).generate_state(1, np.uint64)[0] >> 1
         yield dataclasses.replace(config, seed=int(seed)) if rank else config
@@ -571,22 +596,12 @@ def processes(config: Config) -> Iterator[Config]:
 
 # twin: ppo_torch vpg_torch
 def mean_over_processes(x: Tensor) -> Tensor:
+    """Of means, each over as many samples as any other"""
     if not dist.is_initialized():
         return x
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all processes"""
-    mean = mean_over_processes(x.mean())
-    return mean, mean_over_processes(((x - mean) ** 2).mean())
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """Of the rewards-to-go by the values, over all processes"""
-    return 1 - moments(returns - values)[1] / moments(returns)[1]
 
 
 # twin: ppo_torch vpg_torch
@@ -756,8 +771,8 @@ def action_parts(space: gym.Space) -> Any:
 
 
 def environment_actions(actions: Any, space: gym.Space) -> Any:
-    """Nested (N, *shape) as the policy chose them -> what the environments take. In a Box that is bounded -1 stands for
-    the low and 1 for the high; here and nowhere else actions are scaled and clipped."""
+    """Nested (N, *shape) as the policy chose them -> what the environments take. In a Box that is bounded on all sides
+    -1 stands for the low and 1 for the high; here and nowhere else actions are scaled and clipped."""
     if isinstance(space, spaces.Dict):
         return {name: environment_actions(actions[name], part) for name, part in space.items()}
     if isinstance(space, spaces.Tuple):
@@ -850,6 +865,8 @@ class Stopwatch:
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
+    launcher = "python"
+
     def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not wandb.login(prompt=False):
@@ -857,6 +874,11 @@ class Run:
         self.directory, run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if (step := progress.get("global_step", self.global_step)) != self.global_step:
+            why = "it was started with other environments, steps or processes"
+            raise BadInput(
+                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
+            )
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
@@ -1003,11 +1025,14 @@ class Run:
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
             self.log = lambda row: None
 
+    def is_stopped(self) -> bool:
+        return bool(self.stop_signal)
+
     def evaluate(self, act: Callable) -> list[float]:
         if not self.config.eval_episodes:
             return []
         video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
-        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, lambda: bool(self.stop_signal))
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, self.is_stopped)
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
@@ -1020,7 +1045,7 @@ class Run:
         arrays = state()
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
-        progress = {"iteration": self.iteration, "rng": rng.bit_generator.state}
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress["recent_returns"] = list(self.recent_returns)
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
@@ -1043,7 +1068,7 @@ class Run:
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
-            print(f"stopped; go on with: python {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
             raise SystemExit(128 + self.stop_signal)
         self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
         self.send_row()
@@ -1060,6 +1085,12 @@ class Run:
 class SharedRun(Run):
     """A run of several processes: they begin with the same weights, keep them, and stop after the same iteration."""
 
+    heard = 0  # the signal that this process got
+
+    @property
+    def launcher(self) -> str:
+        return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         self.learner = super().restore(learner, rng, memory)
         first = [(state(learner, memory), self.iteration)]
@@ -1069,21 +1100,23 @@ class SharedRun(Run):
         return from_numpy(learner, arrays)
 
     def on_signal(self, number: int, frame) -> None:
-        """Is heard by one process, and heeded when all know."""
+        """Is heard by one process, and heeded when all know. A second one changes nothing: torchrun sends one to all
+        that still run when the first process has ended, and kills those that take too long."""
         self.heard = number
         if self.iteration == self.config.num_iterations:  # nobody waits for anybody any more
             self.stop_signal = number
-        signal.signal(number, self.handlers[number])
+
+    def is_stopped(self) -> bool:
+        return bool(self.heard or self.stop_signal)
 
     def iterations(self) -> Iterator[int]:
-        self.heard = 0
         for iteration in super().iterations():
             yield iteration
             weights = sum(float(x.sum(dtype=np.float64)) for x in to_numpy(self.learner).values())
             largest = torch.tensor([self.heard, weights, -weights], dtype=torch.float64)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             self.stop_signal = int(largest[0])
-            if largest[1] != -largest[2]:
+            if largest[1] != -largest[2]:  # -largest[2] is the smallest
                 raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
 
 
@@ -1099,8 +1132,12 @@ class Follower(SharedRun):
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         learner = super().restore(learner, rng, memory)
-        self.save_checkpoint(None, rng)
+        self.reseed(rng)
         return learner
+
+    def reseed(self, rng: np.random.Generator) -> None:
+        """At every checkpoint, so that a resumed run finds this state again without a file"""
+        rng.bit_generator.state = np.random.default_rng([self.envs.config.seed, self.global_step]).bit_generator.state
 
     def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
         self.envs.pop_episodes()
@@ -1110,8 +1147,7 @@ class Follower(SharedRun):
         return []
 
     def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        """A resumed run must find this state again without a file."""
-        rng.bit_generator.state = np.random.default_rng([self.envs.config.seed, self.global_step]).bit_generator.state
+        self.reseed(rng)
 
     def conclude(
         self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
@@ -1244,7 +1280,9 @@ def validate(config: Config) -> Config:
     if config.iteration_steps < 2:
         raise BadInput(f"--num-steps {config.num_steps}: a batch needs 2 samples or more, not {rollout}")
     if 0 < config.total_timesteps < config.iteration_steps:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one batch, {rollout}")
+        raise BadInput(
+            f"--total-timesteps {config.total_timesteps}: must be 0 or reach one batch, {config.iteration_steps} steps"
+        )
     return config
 
 

@@ -105,22 +105,31 @@ def test_a_run_of_two_processes(module, tmp_path):
     assert_same_model(tmp_path / "k", tmp_path / "run")
 
 
+@pytest.mark.parametrize("everywhere", [False, True], ids=["launcher", "everywhere"])
 @each
-def test_sigterm_stops_all_processes_with_a_checkpoint(module, tmp_path):
+def test_sigterm_stops_all_processes_with_a_checkpoint(module, everywhere, tmp_path):
+    """To torchrun, which passes it on; or to each process, as batch systems do, and again from torchrun"""
     flags = [*FLAGS, *OF_SCRIPT[module], "--total-timesteps", "10000000", "--checkpoint-interval", "320"]
     script = ROOT / f"{module.__name__}.py"
     process = torchrun(tmp_path / "o1", 2, script, *flags, "--run-dir", tmp_path / "run")
     wait_for(lambda: checkpoints(tmp_path / "run"), process)
-    os.kill(process.pid, signal.SIGTERM)
+    workers = [pid for pid, command in process.children().items() if script.name in command]
+    assert len(workers) == 2
+    for pid in [*workers, process.pid] if everywhere else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
     outcome = process.end()
     assert outcome.code != 0
-    assert sum("go on with" in line for line in outcome.err) == 1, outcome.err
+    assert sum("go on with: torchrun --nproc-per-node 2 " in line for line in outcome.err) == 1, outcome.err
     assert not any(f'{script.name}", line' in line for line in outcome.err), outcome.err
     assert not (tmp_path / "run/model.safetensors").exists()
     wait_for(lambda: not process.children())
-    step = step_of(checkpoints(tmp_path / "run")[-1])
-    longer = "--resume", tmp_path / "run", "--total-timesteps", step + 64
-    assert Process(tmp_path / "o2", *longer, script=script).end().code == 0  # in one process
+    kept = checkpoints(tmp_path / "run")
+    longer = "--resume", tmp_path / "run", "--total-timesteps", step_of(kept[-1]) + 64
+    outcome = Process(tmp_path / "o2", *longer, script=script).end()  # one process would count other steps
+    assert outcome.code == 2 and f"is of step {step_of(kept[-1])}, here {step_of(kept[-1]) // 2};" in outcome.err[0]
+    assert checkpoints(tmp_path / "run") == kept
+    assert torchrun(tmp_path / "o3", 2, script, *longer).end().code == 0
+    assert step_of(checkpoints(tmp_path / "run")[-1]) == step_of(kept[-1]) + 64
 
 
 @pytest.mark.parametrize(
@@ -144,3 +153,11 @@ def test_processes_with_other_weights_are_found_out(module, function, optimizer,
     outcome = torchrun(tmp_path / "output", 2, tmp_path / "worker.py", *flags).end()
     assert outcome.code != 0
     assert any("have different weights at step 64" in line for line in outcome.err), outcome.err
+
+
+@each
+def test_a_batch_of_all_processes_is_needed(module, monkeypatch):
+    monkeypatch.setattr(module, "num_processes", lambda: 8)
+    config = module.Config(num_envs=4, num_steps=128, total_timesteps=2000)
+    with pytest.raises(module.BadInput, match="4096 steps"):
+        module.validate(config)

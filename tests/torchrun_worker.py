@@ -48,7 +48,6 @@ def ppo_update(number: int, columns: slice) -> dict[str, np.ndarray]:
         taken = data["numbers"], data["rewards"], data["terminated"], data["truncated"]
         rollout = ppo_torch.Rollout(observations, *taken, final_observations)
         learner, _, metrics = ppo_torch.update(learner, rollout, config, rng, timed)
-    del metrics["losses/explained_variance"]  # of this process's batch
     return ppo_torch.to_numpy(learner) | metrics
 
 
