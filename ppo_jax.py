@@ -17,6 +17,7 @@
 """Proximal policy optimisation (PPO) in JAX, in one file.
 
     python ppo_jax.py --env-id CartPole-v1
+    python ppo_jax.py --env-id gymnax/CartPole-v1 --num-envs 64    # environments and learning in one compiled call
 
 Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
@@ -80,6 +81,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from jax import Array as Tensor
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -96,7 +98,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
+    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5, dm_control/domain-task-v0, gymnax/Id
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
@@ -176,8 +178,10 @@ class Agent(struct.PyTreeNode):
     @classmethod
     def create(cls, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
         is_image = len(observation_shape) == 3
-        sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
-        encoder = NatureCNN() if is_image else None
+        encoder = None
+        if is_image:
+            encoder = NatureCNN() if min(observation_shape[1:]) >= SMALLEST_NATURE else MinAtarCNN()
+        sizes, features = ((), (encoder.features,)) if is_image else (config.hidden_sizes, observation_shape)
         actor = MLP((*sizes, sum(nvec) or action_dim), gain=0.01)
         critic = MLP((*sizes, 1), gain=1.0)
         inputs = {"encoder": (encoder, observation_shape), "actor": (actor, features), "critic": (critic, features)}
@@ -231,6 +235,8 @@ class MLP(nn.Module):
 class NatureCNN(nn.Module):
     """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
 
+    features: int = 512
+
     @nn.compact
     def __call__(self, images: Tensor) -> Tensor:
         x = images.transpose(0, 2, 3, 1) / 255
@@ -238,7 +244,19 @@ class NatureCNN(nn.Module):
             layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
             x = nn.relu(layer(x))
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
-        return nn.relu(initialised(nn.Dense)(512, name="7")(x))
+        return nn.relu(initialised(nn.Dense)(self.features, name="7")(x))
+
+
+class MinAtarCNN(nn.Module):
+    """Small images (B, channels, height, width) of numbers about 1 -> (B, 128) (Young & Tian 2019, "MinAtar", §3)"""
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(self, images: Tensor) -> Tensor:
+        x = nn.relu(initialised(nn.Conv)(16, (3, 3), padding="VALID", name="0")(images.transpose(0, 2, 3, 1)))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, as above
+        return nn.relu(initialised(nn.Dense)(self.features, name="3")(x))
 
 
 def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> Callable[..., nn.Module]:
@@ -408,7 +426,10 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     policy, values = agent(flatten(observations))
     values = values.reshape(observations.shape[:2])  # (T + 1, N)
     next_values = values[1:]
-    if len(final_observations):
+    if final_observations.ndim == observations.ndim:  # one for each step: compiled code cannot leave any out
+        _, final_values = agent(flatten(final_observations))
+        next_values = jnp.where(truncated > 0, final_values.reshape(truncated.shape), next_values)
+    elif len(final_observations):
         _, final_values = agent(final_observations)
         rows = jnp.cumsum(truncated > 0).reshape(truncated.shape) - 1
         next_values = jnp.where(truncated > 0, final_values[rows], next_values)
@@ -446,27 +467,24 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         return learner, (losses, log_ratio)
 
     parts = timed("shuffle", minibatches, batch, permutation, config)
-    learner, losses, log_ratios = each_minibatch(step, learner, parts)
+    learner, losses, log_ratios = each_minibatch(step, learner, parts, timed)
     kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
     return learner, on_host(kl | losses)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
     """At most K epochs -> learner, the batch, losses/… averaged over all minibatches"""
     batch = timed("gae", make_batch, learner.agent, rollout, config)
-    epochs: list[dict[str, Tensor]] = []
-    for _ in range(config.update_epochs):
-        permutation = rng.permutation(config.batch_size)
-        learner, metrics = timed(None, update_epoch, learner, batch, permutation, config, timed)
-        epochs.append(metrics)
-        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
-            break
-    metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
-    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
-    return learner, batch, metrics
+
+    def epoch(learner: Learner, permutation: np.ndarray) -> tuple[Learner, dict[str, Tensor]]:
+        return timed(None, update_epoch, learner, batch, permutation, config, timed)
+
+    permutations = (rng.permutation(config.batch_size) for _ in range(config.update_epochs))
+    learner, metrics = each_epoch(epoch, learner, permutations, config)
+    metrics |= on_host({"explained_variance": timed("gae", explained_variance, batch)})
+    return learner, batch, {f"losses/{name}": value for name, value in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
@@ -505,6 +523,34 @@ def collect_rollout(
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
 
 
+def iterate(
+    learner: Learner,
+    envs: "Environments",
+    config: Config,
+    rng: np.random.Generator,
+    stopwatch: "Stopwatch",
+    is_timed: bool,
+) -> tuple[Learner, Rollout, Batch, dict[str, float]]:
+    """Rollout and update: on the device one compiled call; with Gymnasium's environments, each step and the update"""
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = learner, envs.simulator, envs, config
+        if is_timed:
+            outcome = iterate_on_device(*arguments, stopwatch.timed)
+        else:
+            outcome = stopwatch.timed("update", iterate_on_device, *arguments, plainly)
+        learner, envs.simulator, (transitions, largest), batch, metrics = outcome
+        check_finite(config.env_id, **largest)
+        envs.add_episodes(transitions)
+        return learner, transitions, batch, on_host(metrics)
+    rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+    arguments = learner, rollout, config, rng
+    if is_timed:
+        learner, batch, metrics = update(*arguments, stopwatch.timed)
+    else:
+        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
+    return learner, rollout, batch, metrics
+
+
 # ----------------------------------------------------------------------------------------------------------- train
 
 
@@ -515,14 +561,14 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
-    config = validate(config)
+    config = checked_for_gymnax(validate(config))
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
-    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+    kind = GymnaxEnvironments if is_gymnax(config) else Environments
+    with contextlib.closing(kind(config, config.num_envs)) as envs:
         learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
         if config.load_model and not has_checkpoint(config):
             learner = load_model(config.load_model, learner, envs)
@@ -533,13 +579,10 @@ def train(config: Config) -> Result:
             for iteration in run.iterations():
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
-                rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
-                if run.is_timed(iteration):
-                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
-                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
-                else:
-                    arguments = learner, rollout, config, rng, stopwatch.fused
-                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                is_timed = run.is_timed(iteration)
+                learner, rollout, batch, metrics = iterate(learner, envs, config, rng, stopwatch, is_timed)
+                if is_timed:
+                    stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
@@ -603,7 +646,7 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
         apply_gradient: jax.jit(apply_gradient, static_argnames="config"),
         log_probs_and_entropies: jax.jit(log_probs_and_entropies, static_argnames="nvec"),
     }
-    others = kl_and_clip_fraction, explained_variance, policy_loss, value_loss, Agent.__call__
+    others = averaged, kl_and_clip_fraction, explained_variance, policy_loss, value_loss, Agent.__call__
     return Stopwatch(jax.block_until_ready, compiled | {function: jax.jit(function) for function in others})
 
 
@@ -616,6 +659,8 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
 
     One rollout has no final observation and the other has one: `make_batch` is compiled for both.
     """
+    if isinstance(envs, GymnaxEnvironments):
+        return warm_up_on_device(learner, envs, config, stopwatch)
     if config.eval_episodes:
         act(learner.agent, np.zeros((config.eval_episodes, *envs.observation_shape), envs.observation_dtype))
     to_numpy(learner)  # or the first checkpoint would compile it
@@ -630,11 +675,16 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
     _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
-    probe_loss(learner.agent, batch, config, unread)
+    probe(learner, envs, batch, config, unread)
 
 
-def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
-    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches."""
+def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches; and the
+    rollout that one call on the device holds, by itself."""
+    agent = learner.agent
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = agent, envs.simulator, envs, config, plainly
+        stopwatch.timed("update/rollout", collect_on_device, *arguments)
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)  # the first call finds cold caches
     timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
@@ -655,9 +705,14 @@ def padded(rollout: Rollout) -> Rollout:
     return rollout._replace(final_observations=np.concatenate([observations, padding]))
 
 
-def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, np.ndarray]:
-    """NumPy's, unless JAX traces: `update` makes floats of them, which takes 10 µs each from JAX's arrays."""
-    return {name: x if isinstance(x, jax.core.Tracer) else np.asarray(x) for name, x in metrics.items()}
+def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
+    """NumPy's floats, unless JAX traces; float(x) would take 10 µs each."""
+    return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -665,10 +720,36 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:])
 
 
-def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tuple[Learner, dict[str, Tensor], Tensor]:
+def each_epoch(
+    epoch: Callable, learner: Learner, permutations: Iterator[np.ndarray], config: Config
+) -> tuple[Learner, dict[str, Tensor]]:
+    """-> learner, metrics averaged over the epochs until one passes --target-kl"""
+    limit = math.inf if config.target_kl is None else config.target_kl
+    if not is_traced(learner.agent.weights):
+        epochs: list[dict[str, float]] = []
+        for permutation in permutations:
+            learner, metrics = epoch(learner, permutation)
+            epochs.append(metrics)
+            if np.all(metrics["approx_kl"] > limit):
+                break
+        return learner, {name: sum(metrics[name] for metrics in epochs) / len(epochs) for name in epochs[0]}
+
+    def step(carry: tuple[Learner, Tensor], permutation: Tensor) -> tuple:
+        learner, is_over = carry
+        updated, metrics = epoch(learner, permutation)
+        learner = jax.tree.map(partial(jnp.where, is_over), learner, updated)
+        return (learner, is_over | (metrics["approx_kl"] > limit)), (metrics, is_over)
+
+    (learner, _), (metrics, is_over) = jax.lax.scan(step, (learner, jnp.array(False)), jnp.stack([*permutations]))
+    return learner, {name: jnp.average(x, weights=~is_over) for name, x in metrics.items()}
+
+
+def each_minibatch(
+    step: Callable, learner: Learner, parts: list[Batch], timed: Callable
+) -> tuple[Learner, dict[str, Tensor], Tensor]:
     """-> learner, mean losses, log-ratios (M, B / M). jax.lax.scan where JAX traces the whole epoch, and else the same
     as a loop, whose steps are calls that can be timed."""
-    if isinstance(parts[0].values, jax.core.Tracer):
+    if is_traced(parts[0].values):
         unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
         learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
         return learner, *averaged(outputs)
@@ -676,10 +757,9 @@ def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tupl
     for part in parts:
         learner, output = step(learner, part)
         outputs.append(output)
-    return learner, *averaged(outputs)
+    return learner, *timed("loss", averaged, outputs)
 
 
-@jax.jit
 def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
     """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, B / M)"""
     losses, log_ratios = stacked(outputs) if isinstance(outputs, list) else outputs
@@ -973,13 +1053,313 @@ def evaluate(
     return list(first_returns.values())
 
 
+# ---------------------------------------------------------------------------------------------------------- gymnax
+
+STEP, RESET, ACT, SHUFFLE = range(4)  # what random numbers are for
+SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
+
+
+class Simulator(NamedTuple):
+    """N gymnax environments on the device, and all that decides what they do next."""
+
+    keys: Tensor  # (4,), from STEP to SHUFFLE; folded with `steps`, a draw has one of its own
+    steps: Tensor  # (), of each environment so far
+    observations: Tensor  # (N, *O)
+    states: object  # gymnax's, (N, …)
+    returns: Tensor  # (N,), of the episodes so far, never clipped
+    lengths: Tensor  # (N,)
+
+
+class Transition(NamedTuple):
+    """One step (N, …), or a rollout of them (T, N, …)."""
+
+    observations: Tensor  # (N, *O)
+    actions: Tensor  # (N, A)
+    rewards: Tensor  # (N,)
+    terminated: Tensor  # (N,)
+    truncated: Tensor  # (N,), without those that terminated in the same step
+    final_observations: Tensor  # (N, *O), what the step led to, before any reset
+    returns: Tensor  # (N,), of the episodes so far
+    lengths: Tensor  # (N,)
+
+
+class GymnaxEnvironments:
+    """What `Environments` is to Gymnasium. The methods that take a simulator are pure, for compiled code."""
+
+    def __init__(self, config: Config, num_envs: int):
+        set_up_jax(config)
+        self.config, self.num_envs, self.seed = config, num_envs, config.seed
+        self.game, self.params, self.action_space = make_gymnax(config)
+        self.nvec, self.action_dim = action_sizes(self.action_space)
+        observation, _ = jax.eval_shape(self.first_observation, jax.random.key(0))
+        self.observation_shape, self.observation_dtype = observation.shape, observation.dtype
+        self.advance_alone = jax.jit(self.advance)
+        self.simulator, self.episodes, self.evaluated = None, [], None
+
+    def restart(self, *seed: int) -> None:
+        """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
+        if self.simulator is None:
+            seed = np.random.SeedSequence([self.seed, *seed]).generate_state(1)[0]
+            self.simulator = jax.jit(self.first_episodes)(jax.random.key(seed))
+
+    def first_episodes(self, key: Tensor) -> Simulator:
+        keys, zeros = jax.random.split(key, 4), jnp.zeros(self.num_envs, jnp.int32)
+        observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[RESET], self.num_envs))
+        return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
+
+    def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
+        observation, state = self.game.reset_env(key, self.params)
+        return network_input(observation), state
+
+    def advance(self, simulator: Simulator, actions: Tensor) -> tuple[Simulator, Transition]:
+        """(N, A) -> all environments one step on; an episode that ends there is followed by the next at once"""
+
+        def step(key: Tensor, state: object, action: Tensor) -> tuple:
+            action = action[0] if self.nvec else action.reshape(self.action_space.shape)
+            observation, state, reward, terminated, _ = self.game.step_env(key, state, action, self.params)
+            truncated = self.game.is_truncated(state, self.params) & ~terminated
+            return network_input(observation), state, jnp.float32(reward).reshape(()), terminated, truncated
+
+        def with_next_episodes() -> tuple:
+            keys = jax.random.split(draw(simulator, RESET), self.num_envs)
+            fresh = *jax.vmap(self.first_observation)(keys), jnp.zeros_like(returns), jnp.zeros_like(lengths)
+            return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(done, x, y), fresh, after)
+
+        bounds = () if self.nvec else (self.action_space.low.ravel(), self.action_space.high.ravel())
+        env_actions = actions.clip(*bounds) if bounds else actions  # here and nowhere else
+        keys = jax.random.split(draw(simulator, STEP), self.num_envs)
+        observations, states, rewards, terminated, truncated = jax.vmap(step)(keys, simulator.states, env_actions)
+        returns, lengths = simulator.returns + rewards, simulator.lengths + 1
+        after = observations, states, returns, lengths
+        after = jax.tree.map(lambda x, like: x.astype(like.dtype), after, simulator[2:])  # some games mix them
+        rewards = rewards.clip(-1, 1) if self.config.clip_reward else rewards
+        transition = simulator.observations, actions, rewards, terminated, truncated, observations, returns, lengths
+        done = terminated | truncated
+        following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
+        return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
+        """`advance`, the step written into row t of (T, N, …)"""
+        simulator, transition = self.advance(simulator, actions)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
+        return simulator, jax.tree.map(put, transitions, transition)
+
+    def blank(self, simulator: Simulator) -> Transition:
+        """(T, N, …), to be written"""
+        actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
+        _, transition = jax.eval_shape(self.advance, simulator, actions)
+        return jax.tree.map(lambda x: jnp.zeros((self.config.num_steps, *x.shape), x.dtype), transition)
+
+    @property
+    def observations(self) -> np.ndarray:
+        return np.asarray(self.simulator.observations)
+
+    @property
+    def returns(self) -> np.ndarray:
+        return np.asarray(self.simulator.returns)
+
+    def step(self, actions: np.ndarray) -> None:
+        """`advance`, for an evaluation"""
+        self.simulator, transition = self.advance_alone(self.simulator, actions)
+        self.add_episodes(jax.tree.map(lambda x: x[None], transition))
+
+    def add_episodes(self, transitions: Transition) -> None:
+        """Those that ended in a rollout, (T, N, …)"""
+        done = np.asarray(transitions.terminated) | np.asarray(transitions.truncated)
+        returns, lengths = (np.asarray(x)[done].tolist() for x in (transitions.returns, transitions.lengths))
+        self.episodes += zip(np.nonzero(done)[1].tolist(), returns, lengths, strict=True)
+
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def for_evaluation(self) -> "GymnaxEnvironments":
+        """E fresh ones; the same object each time, which keeps what is compiled"""
+        self.evaluated = self.evaluated or GymnaxEnvironments(self.config, self.config.eval_episodes)
+        self.evaluated.simulator = None
+        return self.evaluated
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The simulator by its paths, such as environment.states.time"""
+        if self.simulator is None:
+            return {}
+        simulator = self.simulator._replace(keys=jax.random.key_data(self.simulator.keys))
+        return {f"environment{keystr(path)}": np.asarray(x) for path, x in tree_leaves_with_path(simulator)}
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        if "environment.steps" not in arrays:
+            return  # a model
+        like = jax.eval_shape(self.first_episodes, jax.random.key(0))
+        simulator = tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"environment{keystr(path)}"]), like)
+        self.simulator = simulator._replace(keys=jax.random.wrap_key_data(simulator.keys))
+
+
+class Permutations:
+    """What `update` asks of NumPy's generator, drawn on the device"""
+
+    def __init__(self, simulator: Simulator, timed: Callable):
+        self.simulator, self.timed, self.epoch = simulator, timed, itertools.count()
+
+    def permutation(self, size: int) -> Tensor:
+        return self.timed("shuffle", random_permutation, self.simulator, next(self.epoch), size)
+
+
+def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
+    """Sorts by random numbers, once; jax.random.permutation sorts long arrays twice, lest two numbers are the same."""
+    return jnp.argsort(jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,)))
+
+
+def draw(simulator: Simulator, purpose: int) -> Tensor:
+    """A key of its own for each purpose and step"""
+    return jax.random.fold_in(simulator.keys[purpose], simulator.steps)
+
+
+def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
+    """`action_noise` on the device, (T, N, ·)"""
+    shape, key = (config.num_steps, config.num_envs), draw(simulator, ACT)
+    if agent.nvec:
+        return jax.random.gumbel(key, (*shape, sum(agent.nvec)))
+    return jnp.exp(agent.log_std) * jax.random.normal(key, (*shape, len(agent.log_std)))
+
+
+def choose_actions(agent: Agent, observations: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """`act` on the device: (N, *O), (T, N, ·) -> (N, A)"""
+    policy, _ = agent(observations)
+    return (policy + noise[t]).argmax(-1, keepdims=True) if agent.nvec else policy + noise[t]
+
+
+def collect_on_device(
+    agent: Agent, simulator: Simulator, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Simulator, Transition]:
+    """`collect_rollout` on the device: jax.lax.scan where JAX traces it, and else a loop of calls that can be timed"""
+    noise = timed("forward", draw_noise, agent, simulator, config)
+
+    def step(carry: tuple[Simulator, Transition], t: Tensor) -> tuple[tuple[Simulator, Transition], None]:
+        simulator, transitions = carry
+        actions = timed("forward", choose_actions, agent, simulator.observations, noise, t)
+        return timed("step", envs.write, simulator, transitions, actions, t), None
+
+    carry, ts = (simulator, timed("step", envs.blank, simulator)), np.arange(config.num_steps, dtype=np.int32)
+    if is_traced(simulator.steps):
+        return jax.lax.scan(step, carry, ts)[0]
+    for t in ts:
+        carry, _ = step(carry, t)
+    return carry
+
+
+def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
+    """Of the transitions and the simulator that they led to"""
+    observations = jnp.concatenate([transitions.observations, simulator.observations[None]])
+    return Rollout(observations, *transitions[1:6])
+
+
+def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
+    """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
+    largest = {"observation": transitions.final_observations, "reward": transitions.returns}
+    newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
+    return newest, {name: jnp.abs(x).max() for name, x in largest.items()}
+
+
+def iterate_on_device(
+    learner: Learner, simulator: Simulator, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Learner, Simulator, tuple, Batch, dict[str, Tensor]]:
+    """Rollout and update -> learner, simulator, what the host reads of the rollout, batch, metrics"""
+    simulator, transitions = collect_on_device(learner.agent, simulator, envs, config, timed)
+    rollout = timed("gae", as_rollout, transitions, simulator)
+    learner, batch, metrics = update(learner, rollout, config, Permutations(simulator, timed), timed)
+    return learner, simulator, timed("step", digest, transitions), batch, metrics
+
+
+def plainly(phase: str | None, function: Callable, *arguments):
+    """The `timed` of compiled code"""
+    return function(*arguments)
+
+
+def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
+    return {
+        iterate_on_device: jax.jit(iterate_on_device, static_argnums=(2, 3, 4), donate_argnums=(0, 1)),
+        collect_on_device: jax.jit(collect_on_device, static_argnums=(2, 3, 4)),
+        draw_noise: jax.jit(draw_noise, static_argnums=2),
+        choose_actions: jax.jit(choose_actions),
+        envs.blank: jax.jit(envs.blank),
+        envs.write: jax.jit(envs.write, donate_argnums=(0, 1)),
+        as_rollout: jax.jit(as_rollout),
+        digest: jax.jit(digest),
+        make_batch: jax.jit(make_batch, static_argnums=2),
+        random_permutation: jax.jit(random_permutation, static_argnums=2),
+    }
+
+
+def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config, stopwatch: "Stopwatch") -> None:
+    """`warm_up`, by two fused iterations and one phase by phase on copies, which these use up"""
+    stopwatch.compiled |= compiled_on_device(envs)
+    if config.eval_episodes:
+        evaluated = envs.for_evaluation()
+        evaluated.restart(0)
+        evaluated.step(act(learner.agent, evaluated.observations))
+    to_numpy(learner)
+    if not config.num_iterations:
+        return
+    envs.restart(0)
+    simulator, unread = envs.simulator, Stopwatch(stopwatch.fence, stopwatch.compiled)
+    learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
+    for is_timed in (False, False, config.timing_interval > 0):
+        learner, _, batch, _ = iterate(learner, envs, config, np.random.default_rng(0), unread, is_timed)
+    probe(learner, envs, batch, config, unread)
+    envs.simulator, envs.episodes = simulator, []
+
+
+def network_input(observation: Tensor) -> Tensor:
+    """An image as (channels, height, width), bytes as they are; anything else as a vector"""
+    observation = jnp.moveaxis(observation, -1, 0) if observation.ndim == 3 else observation.ravel()
+    return observation if observation.dtype == jnp.uint8 else observation.astype(jnp.float32)
+
+
+def is_gymnax(config: Config) -> bool:
+    return config.env_id.startswith("gymnax/")
+
+
+def checked_for_gymnax(config: Config) -> Config:
+    """Raises BadInput for flags that do not go with environments on the device."""
+    for name in ("norm_obs", "norm_reward", "episodic_life", "capture_video"):
+        if is_gymnax(config) and getattr(config, name):
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag}: not for {config.env_id}, which runs on the device; leave it out")
+    return config
+
+
+def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
+    """The game, its parameters, and its action space as Gymnasium's"""
+    try:
+        gymnax = importlib.import_module("gymnax")
+        name, kwargs = config.env_id.removeprefix("gymnax/"), json.loads(config.env_kwargs)
+        if name == "MNISTBandit-bsuite":
+            raise ValueError("it would download its images")
+        _, params = gymnax.make(name)
+        changed = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(params) if field.name in kwargs}
+        game, params = gymnax.make(name, **kwargs)[0], params.replace(**changed)
+        space, spaces = game.observation_space(params), gymnax.environments.spaces
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"the observation space {space} is not supported; Box is")
+        if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_NATURE and space.dtype != jnp.uint8:
+            raise ValueError(f"images of {SMALLEST_NATURE} x {SMALLEST_NATURE} or more must be bytes")
+        return game, params, spaces.gymnax_space_to_gym_space(game.action_space(params))
+    except Exception as error:
+        hint = "; pip install -r requirements/all.txt" if isinstance(error, ImportError) else ""
+        raise BadInput(f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}: {one_line(error)}{hint}") from error
+
+
 # ------------------------------------------------------------------------------------------------- stopwatch and run
 
 OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
-TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
+TRAINING_ONLY = ("optimizer.", "buffer.", "environment.")  # arrays of a checkpoint that a model does not need
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch

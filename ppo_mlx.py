@@ -484,7 +484,7 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     return learner, metrics
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
@@ -548,7 +548,6 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""

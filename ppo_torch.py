@@ -427,7 +427,7 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     return learner, dict(zip(metrics, means, strict=True))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
