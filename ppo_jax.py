@@ -101,6 +101,7 @@ class Config:
     env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5, dm_control/domain-task-v0, gymnax/Id
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    num_seeds: Count = 1  # gymnax: so many seeds from --seed on learn at once, each alone; steps are of each of them
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
     learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
     final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
@@ -571,9 +572,10 @@ def train(config: Config) -> Result:
     with contextlib.closing(kind(config, config.num_envs)) as envs:
         learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
         if config.load_model and not has_checkpoint(config):
-            learner = load_model(config.load_model, learner, envs)
+            learner = loaded(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+        kind = Run if config.num_seeds == 1 else SeedsRun
+        with kind(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
@@ -585,12 +587,12 @@ def train(config: Config) -> Result:
                     stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
-                    run.evaluate(partial(act, learner.agent))
+                    run.evaluate(greedy(learner))
                 run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
-            returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
+            returns = run.conclude(greedy(learner), partial(state, learner, envs), rng)
     return Result(learner, returns, run.directory)
 
 
@@ -618,6 +620,8 @@ def set_up_jax(config: Config) -> None:
 
 
 def new_learner(envs: "Environments", config: Config) -> Learner:
+    if config.num_seeds > 1:
+        return stacked([new_learner(envs, one) for one in seeds(config)])
     set_up_jax(config)
     agent = Agent.create(envs.observation_shape, envs.nvec, envs.action_dim, config)
     optimizer = optax.adam(config.learning_rate, eps=config.adam_eps).init(agent.weights)
@@ -651,7 +655,8 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
 
 
 def with_learning_rate(learner: Learner, rate: float) -> Learner:
-    return learner._replace(learning_rate=np.asarray(rate, learner.agent.weights.dtype))
+    weights = learner.agent.weights
+    return learner._replace(learning_rate=np.full(weights.shape[:-1], rate, weights.dtype))
 
 
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
@@ -685,6 +690,8 @@ def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, 
     if isinstance(envs, GymnaxEnvironments):
         arguments = agent, envs.simulator, envs, config, plainly
         stopwatch.timed("update/rollout", collect_on_device, *arguments)
+        if config.num_seeds > 1:
+            return
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)  # the first call finds cold caches
     timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
@@ -770,6 +777,11 @@ def stacked(trees: list) -> object:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
+def unstacked(learner: Learner) -> list[Learner]:
+    """Of many seeds, each by itself"""
+    return [jax.tree.map(lambda x, k=k: x[k], learner) for k in range(len(learner.agent.weights))]
+
+
 def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     """Floats and booleans take the dtype of the weights, integers keep theirs."""
     tensors, dtype = [jnp.asarray(array) for array in arrays], agent.weights.dtype
@@ -784,6 +796,9 @@ def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layouts; Adam's step and moments as optimizer.<which>."""
+    if learner.agent.weights.ndim > 1:
+        parts = [to_numpy(one) for one in unstacked(learner)]
+        return {f"seed_{k}.{name}": x for k, part in enumerate(parts) for name, x in part.items()}
     adam, _ = learner.optimizer
     arrays = {f"optimizer.{name}": np.asarray(value) for name, value in adam._asdict().items()}
     for name, x in flatten_dict(learner.agent.params, sep=".").items():
@@ -794,6 +809,8 @@ def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
 
 def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     """The inverse of `to_numpy`; without moments the optimizer stays as it is."""
+    if learner.agent.weights.ndim > 1:
+        return stacked([from_numpy(one, of_seed(k, arrays)) for k, one in enumerate(unstacked(learner))])
     params, (adam, rest) = {}, learner.optimizer
     for name, weight in flatten_dict(learner.agent.params, sep=".").items():
         x = arrays[name.replace("kernel", "weight")]
@@ -1088,19 +1105,22 @@ class GymnaxEnvironments:
 
     def __init__(self, config: Config, num_envs: int):
         set_up_jax(config)
-        self.config, self.num_envs, self.seed = config, num_envs, config.seed
+        self.config, self.num_envs = config, num_envs
         self.game, self.params, self.action_space = make_gymnax(config)
         self.nvec, self.action_dim = action_sizes(self.action_space)
         observation, _ = jax.eval_shape(self.first_observation, jax.random.key(0))
         self.observation_shape, self.observation_dtype = observation.shape, observation.dtype
         self.advance_alone = jax.jit(self.advance)
-        self.simulator, self.episodes, self.evaluated = None, [], None
+        self.simulator, self.episodes = None, []
+        self.evaluated, self.evaluated_seed = None, 0  # from --seed on
 
     def restart(self, *seed: int) -> None:
         """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
         if self.simulator is None:
-            seed = np.random.SeedSequence([self.seed, *seed]).generate_state(1)[0]
-            self.simulator = jax.jit(self.first_episodes)(jax.random.key(seed))
+            entropy = [[one.seed, *seed] for one in seeds(self.config)]
+            keys = [jax.random.key(np.random.SeedSequence(words).generate_state(1)[0]) for words in entropy]
+            first = jax.jit(self.first_episodes if len(keys) == 1 else jax.vmap(self.first_episodes))
+            self.simulator = first(keys[0] if len(keys) == 1 else jnp.stack(keys))
 
     def first_episodes(self, key: Tensor) -> Simulator:
         keys, zeros = jax.random.split(key, 4), jnp.zeros(self.num_envs, jnp.int32)
@@ -1161,13 +1181,15 @@ class GymnaxEnvironments:
     def step(self, actions: np.ndarray) -> None:
         """`advance`, for an evaluation"""
         self.simulator, transition = self.advance_alone(self.simulator, actions)
-        self.add_episodes(jax.tree.map(lambda x: x[None], transition))
+        self.add_episodes(transition)
 
     def add_episodes(self, transitions: Transition) -> None:
-        """Those that ended in a rollout, (T, N, …)"""
+        """Those that ended in a step (N, …), in a rollout (T, N, …), or in one of many seeds (S, T, N, …)"""
         done = np.asarray(transitions.terminated) | np.asarray(transitions.truncated)
         returns, lengths = (np.asarray(x)[done].tolist() for x in (transitions.returns, transitions.lengths))
-        self.episodes += zip(np.nonzero(done)[1].tolist(), returns, lengths, strict=True)
+        *seed, _, env = np.nonzero(np.atleast_2d(done))
+        env = env + self.num_envs * seed[0] if seed else env
+        self.episodes += zip(env.tolist(), returns, lengths, strict=True)
 
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
@@ -1176,8 +1198,9 @@ class GymnaxEnvironments:
 
     def for_evaluation(self) -> "GymnaxEnvironments":
         """E fresh ones; the same object each time, which keeps what is compiled"""
-        self.evaluated = self.evaluated or GymnaxEnvironments(self.config, self.config.eval_episodes)
-        self.evaluated.simulator = None
+        config = dataclasses.replace(self.config, seed=self.config.seed + self.evaluated_seed, num_seeds=1)
+        self.evaluated = self.evaluated or GymnaxEnvironments(config, config.eval_episodes)
+        self.evaluated.config, self.evaluated.simulator = config, None
         return self.evaluated
 
     def close(self) -> None:
@@ -1280,18 +1303,34 @@ def plainly(phase: str | None, function: Callable, *arguments):
 
 
 def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
-    return {
-        iterate_on_device: jax.jit(iterate_on_device, static_argnums=(2, 3, 4), donate_argnums=(0, 1)),
-        collect_on_device: jax.jit(collect_on_device, static_argnums=(2, 3, 4)),
-        draw_noise: jax.jit(draw_noise, static_argnums=2),
-        choose_actions: jax.jit(choose_actions),
-        envs.blank: jax.jit(envs.blank),
-        envs.write: jax.jit(envs.write, donate_argnums=(0, 1)),
-        as_rollout: jax.jit(as_rollout),
-        digest: jax.jit(digest),
-        make_batch: jax.jit(make_batch, static_argnums=2),
-        random_permutation: jax.jit(random_permutation, static_argnums=2),
+    """What runs in place of each function: compiled, and for many seeds at once where there are many"""
+    # which arguments are constants of the compiled code, which are the same in all seeds, which may be overwritten
+    whole, batch_and_config = {"constant": (2, 3, 4)}, {"constant": (2,)}
+    functions = {
+        iterate_on_device: whole | {"donated": (0, 1)},
+        collect_on_device: whole,
+        **dict.fromkeys((draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient), batch_and_config),
+        **dict.fromkeys((envs.blank, as_rollout, digest, averaged, explained_variance), {}),
+        kl_and_clip_fraction: {"constant": (1,)},
+        choose_actions: {"shared": (3,)},
+        envs.write: {"shared": (3,), "donated": (0, 1)},
+        random_permutation: {"constant": (2,), "shared": (1,)},
     }
+    return {function: compiled(function, envs.config.num_seeds > 1, **how) for function, how in functions.items()}
+
+
+def compiled(
+    function: Callable,
+    over_seeds: bool,
+    constant: tuple[int, ...] = (),
+    shared: tuple[int, ...] = (),
+    donated: tuple[int, ...] = (),
+) -> Callable:
+    def mapped(*arguments):
+        axes = [None if i in constant + shared else 0 for i in range(len(arguments))]
+        return jax.vmap(function, axes)(*arguments)
+
+    return jax.jit(mapped if over_seeds else function, static_argnums=constant, donate_argnums=donated)
 
 
 def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config, stopwatch: "Stopwatch") -> None:
@@ -1300,7 +1339,8 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
     if config.eval_episodes:
         evaluated = envs.for_evaluation()
         evaluated.restart(0)
-        evaluated.step(act(learner.agent, evaluated.observations))
+        agent = learner.agent if config.num_seeds == 1 else unstacked(learner)[0].agent
+        evaluated.step(act(agent, evaluated.observations))
     to_numpy(learner)
     if not config.num_iterations:
         return
@@ -1319,12 +1359,40 @@ def network_input(observation: Tensor) -> Tensor:
     return observation if observation.dtype == jnp.uint8 else observation.astype(jnp.float32)
 
 
+def seeds(config: Config) -> list[Config]:
+    """The runs of --num-seeds, each by itself"""
+    numbers = range(config.seed, config.seed + config.num_seeds)
+    return [dataclasses.replace(config, seed=seed, num_seeds=1) for seed in numbers]
+
+
+def of_seed(k: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    prefix = f"seed_{k}."
+    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+
+
+def loaded(path: str, learner: Learner, envs: "Environments") -> Learner:
+    """`load_model`, every seed from the same"""
+    if learner.agent.weights.ndim == 1:
+        return load_model(path, learner, envs)
+    return stacked([load_model(path, one, envs) for one in unstacked(learner)])
+
+
+def greedy(learner: Learner) -> Callable | list[Callable]:
+    """Observations -> most likely actions; for each of many seeds"""
+    is_single = learner.agent.weights.ndim == 1
+    return partial(act, learner.agent) if is_single else [partial(act, one.agent) for one in unstacked(learner)]
+
+
 def is_gymnax(config: Config) -> bool:
     return config.env_id.startswith("gymnax/")
 
 
 def checked_for_gymnax(config: Config) -> Config:
     """Raises BadInput for flags that do not go with environments on the device."""
+    if config.num_seeds > 1 and not is_gymnax(config):
+        raise BadInput(f"--num-seeds {config.num_seeds}: environments outside the device have one seed a run")
+    if config.num_seeds > 1 and config.target_kl is not None:
+        raise BadInput(f"--target-kl {config.target_kl}: seeds that learn at once take the same number of epochs")
     for name in ("norm_obs", "norm_reward", "episodic_life", "capture_video"):
         if is_gymnax(config) and getattr(config, name):
             flag = name.replace("_", "-")
@@ -1424,13 +1492,7 @@ class Run:
         wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self.wandb = wandb.init(
-                **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
-                **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "name": self.directory.name},
-                **{"id": run_id, "resume": "allow", "dir": self.directory},
-                config=dataclasses.asdict(config) | about,
-                settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
-            )
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
         except wandb.Error as error:
             if not config.resume:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
@@ -1439,6 +1501,15 @@ class Run:
         self.log = self.wandb.log
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def open_record(self, about: dict, **where: str | Path):
+        config = self.config
+        return wandb.init(
+            **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+            **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "resume": "allow"},
+            **{"name": self.directory.name, "config": about} | where,
+            settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+        )
 
     def __enter__(self) -> "Run":
         is_main = threading.current_thread() is threading.main_thread()
@@ -1578,6 +1649,11 @@ class Run:
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        model = {name: array for name, array in arrays.items() if not name.startswith(TRAINING_ONLY)}
+        metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
+        save_arrays(directory / "model.safetensors", model, metadata)
+
     def conclude(
         self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
     ) -> list[float]:
@@ -1587,10 +1663,7 @@ class Run:
         returns = []
         if not self.stop_signal:
             if self.config.save_model:
-                model = {name: array for name, array in state().items() if not name.startswith(TRAINING_ONLY)}
-                metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
-                arguments = self.directory / "model.safetensors", model, metadata
-                self.stopwatch.timed("checkpoint", save_arrays, *arguments)
+                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
@@ -1605,6 +1678,65 @@ class Run:
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
+
+
+class SeedsRun(Run):
+    """Many seeds, a W&B run each in seed_<k>/. A row's values of seed k go by the name seed_<k>.…, the rest to all."""
+
+    POOLED = ("charts/episodic", "charts/return", "charts/evaluation", "histograms/")  # what is not of one seed
+
+    def open_record(self, about: dict, **where: str | Path):
+        self.last_row = time.perf_counter()
+        self.records = []
+        for k, one in enumerate(seeds(self.config)):
+            part = self.directory / f"seed_{k}"
+            part.mkdir(exist_ok=True)
+            more = {
+                "id": f"{where['id']}-{k}",
+                "dir": part,
+                "name": f"{self.directory.name}-{k}",
+                "reinit": "create_new",
+            }
+            self.records.append(super().open_record(about | dataclasses.asdict(one), **more))
+        return self
+
+    def define_metric(self, *arguments, **options) -> None:
+        for record in self.records:
+            record.define_metric(*arguments, **options)
+
+    def log(self, row: dict) -> None:
+        everyones = {name: x for name, x in row.items() if not name.startswith(("seed_", *self.POOLED))}
+        for k, record in enumerate(self.records):
+            record.log(everyones | of_seed(k, row))
+
+    def finish(self, exit_code: int) -> None:
+        for record in self.records:
+            record.finish(exit_code=exit_code)
+
+    def check(self, metrics: dict[str, float]) -> None:
+        super().check({name: np.sum(x) for name, x in metrics.items()})
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        own = {name: x for name, x in metrics.items() if np.ndim(x)}
+        for k in range(self.config.num_seeds):
+            self.add({f"seed_{k}.{name}": x[k] for name, x in own.items()})
+        for env, episode_return, length in self.envs.episodes:
+            seed = f"seed_{env // self.envs.num_envs}"
+            self.add({f"{seed}.charts/episodic_return": episode_return, f"{seed}.charts/episodic_length": length})
+        super().record({name: x for name, x in metrics.items() if name not in own}, dict)
+
+    def evaluate(self, act: list[Callable]) -> list[float]:
+        returns = []
+        for k, act_of_seed in enumerate(act):
+            self.envs.evaluated_seed = k
+            found = super().evaluate(act_of_seed)
+            self.add({f"seed_{k}.charts/evaluation_return": sum(found) / len(found)} if found else {})
+            returns += found
+        return returns
+
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        for k, one in enumerate(seeds(config)):
+            super().save_model(directory / f"seed_{k}", one, of_seed(k, arrays))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
