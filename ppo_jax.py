@@ -58,7 +58,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from functools import cache, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -538,7 +538,7 @@ def iterate(
         if is_timed:
             outcome = iterate_on_device(*arguments, stopwatch.timed)
         else:
-            outcome = stopwatch.timed("update", iterate_on_device, *arguments, plainly)
+            outcome = stopwatch.timed("update", iterate_on_device, *arguments, envs.plainly)
         learner, envs.simulator, (transitions, largest), batch, metrics = outcome
         check_finite(config.env_id, **largest)
         envs.add_episodes(transitions)
@@ -688,7 +688,7 @@ def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, 
     rollout that one call on the device holds, by itself."""
     agent = learner.agent
     if isinstance(envs, GymnaxEnvironments):
-        arguments = agent, envs.simulator, envs, config, plainly
+        arguments = agent, envs.simulator, envs, config, envs.plainly
         stopwatch.timed("update/rollout", collect_on_device, *arguments)
         if config.num_seeds > 1:
             return
@@ -1104,6 +1104,11 @@ class GymnaxEnvironments:
     """What `Environments` is to Gymnasium. The methods that take a simulator are pure, for compiled code."""
 
     def __init__(self, config: Config, num_envs: int):
+        if (
+            version("jax") == "0.10.2"
+        ):  # whose newer scheduler can hang in loops over seeds; others may not know the flag
+            scheduler = " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(scheduler, "") + scheduler
         set_up_jax(config)
         self.config, self.num_envs = config, num_envs
         self.game, self.params, self.action_space = make_gymnax(config)
@@ -1120,11 +1125,35 @@ class GymnaxEnvironments:
             entropy = [[one.seed, *seed] for one in seeds(self.config)]
             keys = [jax.random.key(np.random.SeedSequence(words).generate_state(1)[0]) for words in entropy]
             first = jax.jit(self.first_episodes if len(keys) == 1 else jax.vmap(self.first_episodes))
-            self.simulator = first(keys[0] if len(keys) == 1 else jnp.stack(keys))
+            self.simulator = self.on_devices(first(keys[0] if len(keys) == 1 else jnp.stack(keys)))
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """As many local devices as divide the seeds, or the environments and minibatches of a single one"""
+        config, devices = self.config, jax.local_devices(backend=jnp.zeros(()).device.platform)
+        minibatch = config.batch_size // config.num_minibatches
+        sizes = [config.num_seeds] if config.num_seeds > 1 else [self.num_envs, minibatch]
+        return jax.sharding.Mesh(devices[: math.gcd(*sizes, len(devices))], ("devices",))
+
+    def on_devices(self, simulator: Simulator) -> Simulator:
+        """Split among them"""
+        if self.mesh.size == 1:
+            return simulator
+        split, whole = jax.NamedSharding(self.mesh, jax.P("devices")), jax.NamedSharding(self.mesh, jax.P())
+        first = split if self.config.num_seeds > 1 else whole
+        return Simulator(*jax.device_put(simulator[:2], first), *jax.device_put(simulator[2:], split))
+
+    def plainly(self, phase: str | None, function: Callable, *arguments):
+        """The `timed` of compiled code; minibatches are split, and XLA adds up what the devices compute of them."""
+        result = function(*arguments)
+        if function is minibatches and self.config.num_seeds == 1 < self.mesh.size:
+            return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, jax.P("devices")))
+        return result
 
     def first_episodes(self, key: Tensor) -> Simulator:
         keys, zeros = jax.random.split(key, 4), jnp.zeros(self.num_envs, jnp.int32)
         observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[RESET], self.num_envs))
+        states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
         return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
 
     def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
@@ -1218,7 +1247,7 @@ class GymnaxEnvironments:
             return  # a model
         like = jax.eval_shape(self.first_episodes, jax.random.key(0))
         simulator = tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"environment{keystr(path)}"]), like)
-        self.simulator = simulator._replace(keys=jax.random.wrap_key_data(simulator.keys))
+        self.simulator = self.on_devices(simulator._replace(keys=jax.random.wrap_key_data(simulator.keys)))
 
 
 class Permutations:
@@ -1297,26 +1326,21 @@ def iterate_on_device(
     return learner, simulator, timed("step", digest, transitions), batch, metrics
 
 
-def plainly(phase: str | None, function: Callable, *arguments):
-    """The `timed` of compiled code"""
-    return function(*arguments)
-
-
 def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
     """What runs in place of each function: compiled, and for many seeds at once where there are many"""
-    # which arguments are constants of the compiled code, which are the same in all seeds, which may be overwritten
-    whole, batch_and_config = {"constant": (2, 3, 4)}, {"constant": (2,)}
-    functions = {
-        iterate_on_device: whole | {"donated": (0, 1)},
-        collect_on_device: whole,
-        **dict.fromkeys((draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient), batch_and_config),
-        **dict.fromkeys((envs.blank, as_rollout, digest, averaged, explained_variance), {}),
-        kl_and_clip_fraction: {"constant": (1,)},
-        choose_actions: {"shared": (3,)},
-        envs.write: {"shared": (3,), "donated": (0, 1)},
-        random_permutation: {"constant": (2,), "shared": (1,)},
+    over_seeds = partial(compiled, over_seeds=envs.config.num_seeds > 1)
+    plain = envs.blank, as_rollout, digest, averaged, explained_variance
+    with_config = draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient
+    return {
+        iterate_on_device: over_seeds(iterate_on_device, constant=(2, 3, 4), donated=(0, 1)),
+        collect_on_device: over_seeds(collect_on_device, constant=(2, 3, 4)),
+        envs.write: over_seeds(envs.write, shared=(3,), donated=(0, 1)),
+        choose_actions: over_seeds(choose_actions, shared=(3,)),
+        random_permutation: over_seeds(random_permutation, shared=(1,), constant=(2,)),
+        kl_and_clip_fraction: over_seeds(kl_and_clip_fraction, constant=(1,)),
+        **{function: over_seeds(function, constant=(2,)) for function in with_config},
+        **{function: over_seeds(function) for function in plain},
     }
-    return {function: compiled(function, envs.config.num_seeds > 1, **how) for function, how in functions.items()}
 
 
 def compiled(
@@ -1326,6 +1350,8 @@ def compiled(
     shared: tuple[int, ...] = (),
     donated: tuple[int, ...] = (),
 ) -> Callable:
+    """Positions of arguments: constants of the code, arrays that all seeds share, arrays that it may overwrite"""
+
     def mapped(*arguments):
         axes = [None if i in constant + shared else 0 for i in range(len(arguments))]
         return jax.vmap(function, axes)(*arguments)
