@@ -1115,6 +1115,7 @@ class GymnaxEnvironments:
         self.nvec, self.action_dim = action_sizes(self.action_space)
         observation, _ = jax.eval_shape(self.first_observation, jax.random.key(0))
         self.observation_shape, self.observation_dtype = observation.shape, observation.dtype
+        self.begin = compiled(self.first_episodes, config.num_seeds > 1)
         self.advance_alone = jax.jit(self.advance)
         self.simulator, self.episodes = None, []
         self.evaluated, self.evaluated_seed = None, 0  # from --seed on
@@ -1124,8 +1125,7 @@ class GymnaxEnvironments:
         if self.simulator is None:
             entropy = [[one.seed, *seed] for one in seeds(self.config)]
             keys = [jax.random.key(np.random.SeedSequence(words).generate_state(1)[0]) for words in entropy]
-            first = jax.jit(self.first_episodes if len(keys) == 1 else jax.vmap(self.first_episodes))
-            self.simulator = self.on_devices(first(keys[0] if len(keys) == 1 else jnp.stack(keys)))
+            self.simulator = self.on_devices(self.begin(keys[0] if len(keys) == 1 else jnp.stack(keys)))
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
