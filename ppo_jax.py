@@ -190,7 +190,7 @@ class Agent(struct.PyTreeNode):
         keys = jax.random.split(jax.random.key(config.seed), len(inputs))
         for key, (name, (network, shape)) in zip(keys, inputs.items(), strict=True):
             if network:
-                params[name] = jax.jit(network.init)(key, jnp.zeros((1, *shape)))["params"]
+                params[name] = initial_params(network, key, shape)
         return cls(*ravel_pytree(params), nvec, encoder, actor, critic)
 
     @property
@@ -218,6 +218,11 @@ class Agent(struct.PyTreeNode):
     def policy(self, observations: np.ndarray) -> Tensor:
         """The actor's output alone; XLA leaves out what it does not need."""
         return self(observations)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def initial_params(network: nn.Module, key: Tensor, shape: tuple[int, ...]) -> dict:
+    return network.init(key, jnp.zeros((1, *shape)))["params"]
 
 
 class MLP(nn.Module):
@@ -1072,14 +1077,14 @@ def evaluate(
 
 # ---------------------------------------------------------------------------------------------------------- gymnax
 
-STEP, RESET, ACT, SHUFFLE = range(4)  # what random numbers are for
+BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
 SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
 
 
 class Simulator(NamedTuple):
     """N gymnax environments on the device, and all that decides what they do next."""
 
-    keys: Tensor  # (4,), from STEP to SHUFFLE; folded with `steps`, a draw has one of its own
+    keys: Tensor  # (5,), from BEGIN to SHUFFLE; folded with `steps`, a draw has one of its own
     steps: Tensor  # (), of each environment so far
     observations: Tensor  # (N, *O)
     states: object  # gymnax's, (N, …)
@@ -1104,11 +1109,10 @@ class GymnaxEnvironments:
     """What `Environments` is to Gymnasium. The methods that take a simulator are pure, for compiled code."""
 
     def __init__(self, config: Config, num_envs: int):
-        if (
-            version("jax") == "0.10.2"
-        ):  # whose newer scheduler can hang in loops over seeds; others may not know the flag
-            scheduler = " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(scheduler, "") + scheduler
+        # XLA's newer scheduler can hang on the CPU in loops over seeds; a version may stop at a flag it does not know
+        older, flags = " --xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")
+        if version("jax") == "0.10.2" and older not in flags:
+            os.environ["XLA_FLAGS"] = flags + older  # read when JAX first computes
         set_up_jax(config)
         self.config, self.num_envs = config, num_envs
         self.game, self.params, self.action_space = make_gymnax(config)
@@ -1151,8 +1155,8 @@ class GymnaxEnvironments:
         return result
 
     def first_episodes(self, key: Tensor) -> Simulator:
-        keys, zeros = jax.random.split(key, 4), jnp.zeros(self.num_envs, jnp.int32)
-        observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[RESET], self.num_envs))
+        keys, zeros = jax.random.split(key, 5), jnp.zeros(self.num_envs, jnp.int32)
+        observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[BEGIN], self.num_envs))
         states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
         return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
 
@@ -1311,7 +1315,8 @@ def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
 
 def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
     """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
-    largest = {"observation": transitions.final_observations, "reward": transitions.returns}
+    largest = {"observation": transitions.observations, "final_observation": transitions.final_observations}
+    largest |= {"reward": transitions.returns}
     newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
     return newest, {name: jnp.abs(x).max() for name, x in largest.items()}
 
@@ -1712,8 +1717,7 @@ class SeedsRun(Run):
     POOLED = ("charts/episodic", "charts/return", "charts/evaluation", "histograms/")  # what is not of one seed
 
     def open_record(self, about: dict, **where: str | Path):
-        self.last_row = time.perf_counter()
-        self.records = []
+        self.records, self.sent_at = [], -math.inf
         for k, one in enumerate(seeds(self.config)):
             part = self.directory / f"seed_{k}"
             part.mkdir(exist_ok=True)
@@ -1734,6 +1738,17 @@ class SeedsRun(Run):
         everyones = {name: x for name, x in row.items() if not name.startswith(("seed_", *self.POOLED))}
         for k, record in enumerate(self.records):
             record.log(everyones | of_seed(k, row))
+
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
+        """A row costs by the seed, so many seeds wait longer for one; the last rows do not."""
+        is_due = time.perf_counter() - self.sent_at >= SECONDS_OF_A_ROW * self.config.num_seeds / 8
+        if is_due or "times/iteration" not in self.row or self.iteration == self.config.num_iterations:
+            super().send_row(media)
+            self.sent_at = time.perf_counter()
+
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        self.sent_at = -math.inf
+        super().save_checkpoint(state, rng)
 
     def finish(self, exit_code: int) -> None:
         for record in self.records:
