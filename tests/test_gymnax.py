@@ -389,7 +389,7 @@ WORKER = """
 import json, sys
 import jax, numpy as np
 import ppo_jax
-config = ppo_jax.Config(**json.loads(sys.argv[1]))
+config = ppo_jax.validate(ppo_jax.Config(**json.loads(sys.argv[1])))
 envs = ppo_jax.GymnaxEnvironments(config, config.num_envs)
 learner = ppo_jax.new_learner(envs, config)
 envs.restart(0)
