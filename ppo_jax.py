@@ -17,6 +17,7 @@
 """Proximal policy optimisation (PPO) in JAX, in one file.
 
     python ppo_jax.py --env-id CartPole-v1
+    python ppo_jax.py --env-id gymnax/CartPole-v1 --num-envs 64    # environments and learning in one compiled call
 
 Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
@@ -57,7 +58,7 @@ import time
 import timeit
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from functools import cache, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -80,6 +81,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from jax import Array as Tensor
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -96,9 +98,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
+    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5, dm_control/domain-task-v0, gymnax/Id
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    num_seeds: Count = 1  # gymnax: so many seeds from --seed on learn at once, each alone; steps are of each of them
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
     learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
     final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
@@ -176,8 +179,10 @@ class Agent(struct.PyTreeNode):
     @classmethod
     def create(cls, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
         is_image = len(observation_shape) == 3
-        sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
-        encoder = NatureCNN() if is_image else None
+        encoder = None
+        if is_image:
+            encoder = NatureCNN() if min(observation_shape[1:]) >= SMALLEST_NATURE else MinAtarCNN()
+        sizes, features = ((), (encoder.features,)) if is_image else (config.hidden_sizes, observation_shape)
         actor = MLP((*sizes, sum(nvec) or action_dim), gain=0.01)
         critic = MLP((*sizes, 1), gain=1.0)
         inputs = {"encoder": (encoder, observation_shape), "actor": (actor, features), "critic": (critic, features)}
@@ -185,7 +190,7 @@ class Agent(struct.PyTreeNode):
         keys = jax.random.split(jax.random.key(config.seed), len(inputs))
         for key, (name, (network, shape)) in zip(keys, inputs.items(), strict=True):
             if network:
-                params[name] = jax.jit(network.init)(key, jnp.zeros((1, *shape)))["params"]
+                params[name] = initial_params(network, key, shape)
         return cls(*ravel_pytree(params), nvec, encoder, actor, critic)
 
     @property
@@ -215,6 +220,11 @@ class Agent(struct.PyTreeNode):
         return self(observations)[0]
 
 
+@partial(jax.jit, static_argnums=(0, 2))
+def initial_params(network: nn.Module, key: Tensor, shape: tuple[int, ...]) -> dict:
+    return network.init(key, jnp.zeros((1, *shape)))["params"]
+
+
 class MLP(nn.Module):
     """Linear layers of these sizes with tanh between them; `gain` is the last layer's."""
 
@@ -231,6 +241,8 @@ class MLP(nn.Module):
 class NatureCNN(nn.Module):
     """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
 
+    features: int = 512
+
     @nn.compact
     def __call__(self, images: Tensor) -> Tensor:
         x = images.transpose(0, 2, 3, 1) / 255
@@ -238,7 +250,19 @@ class NatureCNN(nn.Module):
             layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
             x = nn.relu(layer(x))
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
-        return nn.relu(initialised(nn.Dense)(512, name="7")(x))
+        return nn.relu(initialised(nn.Dense)(self.features, name="7")(x))
+
+
+class MinAtarCNN(nn.Module):
+    """Small images (B, channels, height, width) of numbers about 1 -> (B, 128) (Young & Tian 2019, "MinAtar", §3)"""
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(self, images: Tensor) -> Tensor:
+        x = nn.relu(initialised(nn.Conv)(16, (3, 3), padding="VALID", name="0")(images.transpose(0, 2, 3, 1)))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, as above
+        return nn.relu(initialised(nn.Dense)(self.features, name="3")(x))
 
 
 def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> Callable[..., nn.Module]:
@@ -408,7 +432,10 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     policy, values = agent(flatten(observations))
     values = values.reshape(observations.shape[:2])  # (T + 1, N)
     next_values = values[1:]
-    if len(final_observations):
+    if final_observations.ndim == observations.ndim:  # one for each step: compiled code cannot leave any out
+        _, final_values = agent(flatten(final_observations))
+        next_values = jnp.where(truncated > 0, final_values.reshape(truncated.shape), next_values)
+    elif len(final_observations):
         _, final_values = agent(final_observations)
         rows = jnp.cumsum(truncated > 0).reshape(truncated.shape) - 1
         next_values = jnp.where(truncated > 0, final_values[rows], next_values)
@@ -446,27 +473,24 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
         return learner, (losses, log_ratio)
 
     parts = timed("shuffle", minibatches, batch, permutation, config)
-    learner, losses, log_ratios = each_minibatch(step, learner, parts)
+    learner, losses, log_ratios = each_minibatch(step, learner, parts, timed)
     kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
     return learner, on_host(kl | losses)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
     """At most K epochs -> learner, the batch, losses/… averaged over all minibatches"""
     batch = timed("gae", make_batch, learner.agent, rollout, config)
-    epochs: list[dict[str, Tensor]] = []
-    for _ in range(config.update_epochs):
-        permutation = rng.permutation(config.batch_size)
-        learner, metrics = timed(None, update_epoch, learner, batch, permutation, config, timed)
-        epochs.append(metrics)
-        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
-            break
-    metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
-    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
-    return learner, batch, metrics
+
+    def epoch(learner: Learner, permutation: np.ndarray) -> tuple[Learner, dict[str, Tensor]]:
+        return timed(None, update_epoch, learner, batch, permutation, config, timed)
+
+    permutations = (rng.permutation(config.batch_size) for _ in range(config.update_epochs))
+    learner, metrics = each_epoch(epoch, learner, permutations, config)
+    metrics |= on_host({"explained_variance": timed("gae", explained_variance, batch)})
+    return learner, batch, {f"losses/{name}": value for name, value in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
@@ -505,6 +529,34 @@ def collect_rollout(
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
 
 
+def iterate(
+    learner: Learner,
+    envs: "Environments",
+    config: Config,
+    rng: np.random.Generator,
+    stopwatch: "Stopwatch",
+    is_timed: bool,
+) -> tuple[Learner, Rollout, Batch, dict[str, float]]:
+    """Rollout and update: on the device one compiled call; with Gymnasium's environments, each step and the update"""
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = learner, envs.simulator, envs, config
+        if is_timed:
+            outcome = iterate_on_device(*arguments, stopwatch.timed)
+        else:
+            outcome = stopwatch.timed("update", iterate_on_device, *arguments, envs.plainly)
+        learner, envs.simulator, (transitions, largest), batch, metrics = outcome
+        check_finite(config.env_id, **largest)
+        envs.add_episodes(transitions)
+        return learner, transitions, batch, on_host(metrics)
+    rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+    arguments = learner, rollout, config, rng
+    if is_timed:
+        learner, batch, metrics = update(*arguments, stopwatch.timed)
+    else:
+        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
+    return learner, rollout, batch, metrics
+
+
 # ----------------------------------------------------------------------------------------------------------- train
 
 
@@ -515,39 +567,37 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
-    config = validate(config)
+    config = checked_for_gymnax(validate(config))
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
-    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+    kind = GymnaxEnvironments if is_gymnax(config) else Environments
+    with contextlib.closing(kind(config, config.num_envs)) as envs:
         learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
         if config.load_model and not has_checkpoint(config):
-            learner = load_model(config.load_model, learner, envs)
+            learner = loaded(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+        kind = Run if config.num_seeds == 1 else SeedsRun
+        with kind(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
-                rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
-                if run.is_timed(iteration):
-                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
-                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
-                else:
-                    arguments = learner, rollout, config, rng, stopwatch.fused
-                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                is_timed = run.is_timed(iteration)
+                learner, rollout, batch, metrics = iterate(learner, envs, config, rng, stopwatch, is_timed)
+                if is_timed:
+                    stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
-                    run.evaluate(partial(act, learner.agent))
+                    run.evaluate(greedy(learner))
                 run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
-            returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
+            returns = run.conclude(greedy(learner), partial(state, learner, envs), rng)
     return Result(learner, returns, run.directory)
 
 
@@ -575,6 +625,8 @@ def set_up_jax(config: Config) -> None:
 
 
 def new_learner(envs: "Environments", config: Config) -> Learner:
+    if config.num_seeds > 1:
+        return stacked([new_learner(envs, one) for one in seeds(config)])
     set_up_jax(config)
     agent = Agent.create(envs.observation_shape, envs.nvec, envs.action_dim, config)
     optimizer = optax.adam(config.learning_rate, eps=config.adam_eps).init(agent.weights)
@@ -603,12 +655,13 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
         apply_gradient: jax.jit(apply_gradient, static_argnames="config"),
         log_probs_and_entropies: jax.jit(log_probs_and_entropies, static_argnames="nvec"),
     }
-    others = kl_and_clip_fraction, explained_variance, policy_loss, value_loss, Agent.__call__
+    others = averaged, kl_and_clip_fraction, explained_variance, policy_loss, value_loss, Agent.__call__
     return Stopwatch(jax.block_until_ready, compiled | {function: jax.jit(function) for function in others})
 
 
 def with_learning_rate(learner: Learner, rate: float) -> Learner:
-    return learner._replace(learning_rate=np.asarray(rate, learner.agent.weights.dtype))
+    weights = learner.agent.weights
+    return learner._replace(learning_rate=np.full(weights.shape[:-1], rate, weights.dtype))
 
 
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
@@ -616,6 +669,8 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
 
     One rollout has no final observation and the other has one: `make_batch` is compiled for both.
     """
+    if isinstance(envs, GymnaxEnvironments):
+        return warm_up_on_device(learner, envs, config, stopwatch)
     if config.eval_episodes:
         act(learner.agent, np.zeros((config.eval_episodes, *envs.observation_shape), envs.observation_dtype))
     to_numpy(learner)  # or the first checkpoint would compile it
@@ -630,11 +685,18 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
     _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
-    probe_loss(learner.agent, batch, config, unread)
+    probe(learner, envs, batch, config, unread)
 
 
-def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
-    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches."""
+def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches; and the
+    rollout that one call on the device holds, by itself."""
+    agent = learner.agent
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = agent, envs.simulator, envs, config, envs.plainly
+        stopwatch.timed("update/rollout", collect_on_device, *arguments)
+        if config.num_seeds > 1:
+            return
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)  # the first call finds cold caches
     timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
@@ -655,9 +717,14 @@ def padded(rollout: Rollout) -> Rollout:
     return rollout._replace(final_observations=np.concatenate([observations, padding]))
 
 
-def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, np.ndarray]:
-    """NumPy's, unless JAX traces: `update` makes floats of them, which takes 10 µs each from JAX's arrays."""
-    return {name: x if isinstance(x, jax.core.Tracer) else np.asarray(x) for name, x in metrics.items()}
+def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
+    """NumPy's floats, unless JAX traces; float(x) would take 10 µs each."""
+    return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -665,10 +732,36 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:])
 
 
-def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tuple[Learner, dict[str, Tensor], Tensor]:
+def each_epoch(
+    epoch: Callable, learner: Learner, permutations: Iterator[np.ndarray], config: Config
+) -> tuple[Learner, dict[str, Tensor]]:
+    """-> learner, metrics averaged over the epochs until one passes --target-kl"""
+    limit = math.inf if config.target_kl is None else config.target_kl
+    if not is_traced(learner.agent.weights):
+        epochs: list[dict[str, float]] = []
+        for permutation in permutations:
+            learner, metrics = epoch(learner, permutation)
+            epochs.append(metrics)
+            if np.all(metrics["approx_kl"] > limit):
+                break
+        return learner, {name: sum(metrics[name] for metrics in epochs) / len(epochs) for name in epochs[0]}
+
+    def step(carry: tuple[Learner, Tensor], permutation: Tensor) -> tuple:
+        learner, is_over = carry
+        updated, metrics = epoch(learner, permutation)
+        learner = jax.tree.map(partial(jnp.where, is_over), learner, updated)
+        return (learner, is_over | (metrics["approx_kl"] > limit)), (metrics, is_over)
+
+    (learner, _), (metrics, is_over) = jax.lax.scan(step, (learner, jnp.array(False)), jnp.stack([*permutations]))
+    return learner, {name: jnp.average(x, weights=~is_over) for name, x in metrics.items()}
+
+
+def each_minibatch(
+    step: Callable, learner: Learner, parts: list[Batch], timed: Callable
+) -> tuple[Learner, dict[str, Tensor], Tensor]:
     """-> learner, mean losses, log-ratios (M, B / M). jax.lax.scan where JAX traces the whole epoch, and else the same
     as a loop, whose steps are calls that can be timed."""
-    if isinstance(parts[0].values, jax.core.Tracer):
+    if is_traced(parts[0].values):
         unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
         learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
         return learner, *averaged(outputs)
@@ -676,10 +769,9 @@ def each_minibatch(step: Callable, learner: Learner, parts: list[Batch]) -> tupl
     for part in parts:
         learner, output = step(learner, part)
         outputs.append(output)
-    return learner, *averaged(outputs)
+    return learner, *timed("loss", averaged, outputs)
 
 
-@jax.jit
 def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
     """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, B / M)"""
     losses, log_ratios = stacked(outputs) if isinstance(outputs, list) else outputs
@@ -688,6 +780,11 @@ def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
 
 def stacked(trees: list) -> object:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def unstacked(learner: Learner) -> list[Learner]:
+    """Of many seeds, each by itself"""
+    return [jax.tree.map(lambda x, k=k: x[k], learner) for k in range(len(learner.agent.weights))]
 
 
 def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
@@ -704,6 +801,9 @@ def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layouts; Adam's step and moments as optimizer.<which>."""
+    if learner.agent.weights.ndim > 1:
+        parts = [to_numpy(one) for one in unstacked(learner)]
+        return {f"seed_{k}.{name}": x for k, part in enumerate(parts) for name, x in part.items()}
     adam, _ = learner.optimizer
     arrays = {f"optimizer.{name}": np.asarray(value) for name, value in adam._asdict().items()}
     for name, x in flatten_dict(learner.agent.params, sep=".").items():
@@ -714,6 +814,8 @@ def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
 
 def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     """The inverse of `to_numpy`; without moments the optimizer stays as it is."""
+    if learner.agent.weights.ndim > 1:
+        return stacked([from_numpy(one, of_seed(k, arrays)) for k, one in enumerate(unstacked(learner))])
     params, (adam, rest) = {}, learner.optimizer
     for name, weight in flatten_dict(learner.agent.params, sep=".").items():
         x = arrays[name.replace("kernel", "weight")]
@@ -973,13 +1075,390 @@ def evaluate(
     return list(first_returns.values())
 
 
+# ---------------------------------------------------------------------------------------------------------- gymnax
+
+BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
+SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
+
+
+class Simulator(NamedTuple):
+    """N gymnax environments on the device, and all that decides what they do next."""
+
+    keys: Tensor  # (5,), from BEGIN to SHUFFLE; folded with `steps`, a draw has one of its own
+    steps: Tensor  # (), of each environment so far
+    observations: Tensor  # (N, *O)
+    states: object  # gymnax's, (N, …)
+    returns: Tensor  # (N,), of the episodes so far, never clipped
+    lengths: Tensor  # (N,)
+
+
+class Transition(NamedTuple):
+    """One step (N, …), or a rollout of them (T, N, …)."""
+
+    observations: Tensor  # (N, *O)
+    actions: Tensor  # (N, A)
+    rewards: Tensor  # (N,)
+    terminated: Tensor  # (N,)
+    truncated: Tensor  # (N,), without those that terminated in the same step
+    final_observations: Tensor  # (N, *O), what the step led to, before any reset
+    returns: Tensor  # (N,), of the episodes so far
+    lengths: Tensor  # (N,)
+
+
+class GymnaxEnvironments:
+    """What `Environments` is to Gymnasium. The methods that take a simulator are pure, for compiled code."""
+
+    def __init__(self, config: Config, num_envs: int):
+        # XLA's newer scheduler can hang on the CPU in loops over seeds; a version may stop at a flag it does not know
+        older, flags = " --xla_cpu_enable_concurrency_optimized_scheduler=false", os.environ.get("XLA_FLAGS", "")
+        if version("jax") == "0.10.2" and older not in flags:
+            os.environ["XLA_FLAGS"] = flags + older  # read when JAX first computes
+        set_up_jax(config)
+        self.config, self.num_envs = config, num_envs
+        self.game, self.params, self.action_space = make_gymnax(config)
+        self.nvec, self.action_dim = action_sizes(self.action_space)
+        observation, _ = jax.eval_shape(self.first_observation, jax.random.key(0))
+        self.observation_shape, self.observation_dtype = observation.shape, observation.dtype
+        self.begin = compiled(self.first_episodes, config.num_seeds > 1)
+        self.advance_alone = jax.jit(self.advance)
+        self.simulator, self.episodes = None, []
+        self.evaluated, self.evaluated_seed = None, 0  # from --seed on
+
+    def restart(self, *seed: int) -> None:
+        """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
+        if self.simulator is None:
+            entropy = [[one.seed, *seed] for one in seeds(self.config)]
+            keys = [jax.random.key(np.random.SeedSequence(words).generate_state(1)[0]) for words in entropy]
+            self.simulator = self.on_devices(self.begin(keys[0] if len(keys) == 1 else jnp.stack(keys)))
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """As many local devices as divide the seeds, or the environments and minibatches of a single one"""
+        config, devices = self.config, jax.local_devices(backend=jnp.zeros(()).device.platform)
+        minibatch = config.batch_size // config.num_minibatches
+        sizes = [config.num_seeds] if config.num_seeds > 1 else [self.num_envs, minibatch]
+        return jax.sharding.Mesh(devices[: math.gcd(*sizes, len(devices))], ("devices",))
+
+    def on_devices(self, simulator: Simulator) -> Simulator:
+        """Split among them"""
+        if self.mesh.size == 1:
+            return simulator
+        split, whole = jax.NamedSharding(self.mesh, jax.P("devices")), jax.NamedSharding(self.mesh, jax.P())
+        first = split if self.config.num_seeds > 1 else whole
+        return Simulator(*jax.device_put(simulator[:2], first), *jax.device_put(simulator[2:], split))
+
+    def plainly(self, phase: str | None, function: Callable, *arguments):
+        """The `timed` of compiled code; minibatches are split, and XLA adds up what the devices compute of them."""
+        result = function(*arguments)
+        if function is minibatches and self.config.num_seeds == 1 < self.mesh.size:
+            return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, jax.P("devices")))
+        return result
+
+    def first_episodes(self, key: Tensor) -> Simulator:
+        keys, zeros = jax.random.split(key, 5), jnp.zeros(self.num_envs, jnp.int32)
+        observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[BEGIN], self.num_envs))
+        states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
+        return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
+
+    def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
+        observation, state = self.game.reset_env(key, self.params)
+        return network_input(observation), state
+
+    def advance(self, simulator: Simulator, actions: Tensor) -> tuple[Simulator, Transition]:
+        """(N, A) -> all environments one step on; an episode that ends there is followed by the next at once"""
+
+        def step(key: Tensor, state: object, action: Tensor) -> tuple:
+            action = action[0] if self.nvec else action.reshape(self.action_space.shape)
+            observation, state, reward, terminated, _ = self.game.step_env(key, state, action, self.params)
+            truncated = self.game.is_truncated(state, self.params) & ~terminated
+            return network_input(observation), state, jnp.float32(reward).reshape(()), terminated, truncated
+
+        def with_next_episodes() -> tuple:
+            keys = jax.random.split(draw(simulator, RESET), self.num_envs)
+            fresh = *jax.vmap(self.first_observation)(keys), jnp.zeros_like(returns), jnp.zeros_like(lengths)
+            return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(done, x, y), fresh, after)
+
+        bounds = () if self.nvec else (self.action_space.low.ravel(), self.action_space.high.ravel())
+        env_actions = actions.clip(*bounds) if bounds else actions  # here and nowhere else
+        keys = jax.random.split(draw(simulator, STEP), self.num_envs)
+        observations, states, rewards, terminated, truncated = jax.vmap(step)(keys, simulator.states, env_actions)
+        returns, lengths = simulator.returns + rewards, simulator.lengths + 1
+        after = observations, states, returns, lengths
+        after = jax.tree.map(lambda x, like: x.astype(like.dtype), after, simulator[2:])  # some games mix them
+        rewards = rewards.clip(-1, 1) if self.config.clip_reward else rewards
+        transition = simulator.observations, actions, rewards, terminated, truncated, observations, returns, lengths
+        done = terminated | truncated
+        following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
+        return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
+        """`advance`, the step written into row t of (T, N, …)"""
+        simulator, transition = self.advance(simulator, actions)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
+        return simulator, jax.tree.map(put, transitions, transition)
+
+    def blank(self, simulator: Simulator) -> Transition:
+        """(T, N, …), to be written"""
+        actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
+        _, transition = jax.eval_shape(self.advance, simulator, actions)
+        return jax.tree.map(lambda x: jnp.zeros((self.config.num_steps, *x.shape), x.dtype), transition)
+
+    @property
+    def observations(self) -> np.ndarray:
+        return np.asarray(self.simulator.observations)
+
+    @property
+    def returns(self) -> np.ndarray:
+        return np.asarray(self.simulator.returns)
+
+    def step(self, actions: np.ndarray) -> None:
+        """`advance`, for an evaluation"""
+        self.simulator, transition = self.advance_alone(self.simulator, actions)
+        self.add_episodes(transition)
+
+    def add_episodes(self, transitions: Transition) -> None:
+        """Those that ended in a step (N, …), in a rollout (T, N, …), or in one of many seeds (S, T, N, …)"""
+        done = np.asarray(transitions.terminated) | np.asarray(transitions.truncated)
+        returns, lengths = (np.asarray(x)[done].tolist() for x in (transitions.returns, transitions.lengths))
+        *seed, _, env = np.nonzero(np.atleast_2d(done))
+        env = env + self.num_envs * seed[0] if seed else env
+        self.episodes += zip(env.tolist(), returns, lengths, strict=True)
+
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def for_evaluation(self) -> "GymnaxEnvironments":
+        """E fresh ones; the same object each time, which keeps what is compiled"""
+        config = dataclasses.replace(self.config, seed=self.config.seed + self.evaluated_seed, num_seeds=1)
+        self.evaluated = self.evaluated or GymnaxEnvironments(config, config.eval_episodes)
+        self.evaluated.config, self.evaluated.simulator = config, None
+        return self.evaluated
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The simulator by its paths, such as environment.states.time"""
+        if self.simulator is None:
+            return {}
+        simulator = self.simulator._replace(keys=jax.random.key_data(self.simulator.keys))
+        return {f"environment{keystr(path)}": np.asarray(x) for path, x in tree_leaves_with_path(simulator)}
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        if "environment.steps" not in arrays:
+            return  # a model
+        like = jax.eval_shape(self.first_episodes, jax.random.key(0))
+        simulator = tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"environment{keystr(path)}"]), like)
+        self.simulator = self.on_devices(simulator._replace(keys=jax.random.wrap_key_data(simulator.keys)))
+
+
+class Permutations:
+    """What `update` asks of NumPy's generator, drawn on the device"""
+
+    def __init__(self, simulator: Simulator, timed: Callable):
+        self.simulator, self.timed, self.epoch = simulator, timed, itertools.count()
+
+    def permutation(self, size: int) -> Tensor:
+        return self.timed("shuffle", random_permutation, self.simulator, next(self.epoch), size)
+
+
+def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
+    """Sorts by random numbers, once; jax.random.permutation sorts long arrays twice, lest two numbers are the same."""
+    return jnp.argsort(jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,)))
+
+
+def draw(simulator: Simulator, purpose: int) -> Tensor:
+    """A key of its own for each purpose and step"""
+    return jax.random.fold_in(simulator.keys[purpose], simulator.steps)
+
+
+def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
+    """`action_noise` on the device, (T, N, ·)"""
+    shape, key = (config.num_steps, config.num_envs), draw(simulator, ACT)
+    if agent.nvec:
+        return jax.random.gumbel(key, (*shape, sum(agent.nvec)))
+    return jnp.exp(agent.log_std) * jax.random.normal(key, (*shape, len(agent.log_std)))
+
+
+def choose_actions(agent: Agent, observations: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """`act` on the device: (N, *O), (T, N, ·) -> (N, A)"""
+    policy, _ = agent(observations)
+    return (policy + noise[t]).argmax(-1, keepdims=True) if agent.nvec else policy + noise[t]
+
+
+def collect_on_device(
+    agent: Agent, simulator: Simulator, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Simulator, Transition]:
+    """`collect_rollout` on the device: jax.lax.scan where JAX traces it, and else a loop of calls that can be timed"""
+    noise = timed("forward", draw_noise, agent, simulator, config)
+
+    def step(carry: tuple[Simulator, Transition], t: Tensor) -> tuple[tuple[Simulator, Transition], None]:
+        simulator, transitions = carry
+        actions = timed("forward", choose_actions, agent, simulator.observations, noise, t)
+        return timed("step", envs.write, simulator, transitions, actions, t), None
+
+    carry, ts = (simulator, timed("step", envs.blank, simulator)), np.arange(config.num_steps, dtype=np.int32)
+    if is_traced(simulator.steps):
+        return jax.lax.scan(step, carry, ts)[0]
+    for t in ts:
+        carry, _ = step(carry, t)
+    return carry
+
+
+def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
+    """Of the transitions and the simulator that they led to"""
+    observations = jnp.concatenate([transitions.observations, simulator.observations[None]])
+    return Rollout(observations, *transitions[1:6])
+
+
+def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
+    """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
+    largest = {"observation": transitions.observations, "final_observation": transitions.final_observations}
+    largest |= {"reward": transitions.returns}
+    newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
+    return newest, {name: jnp.abs(x).max() for name, x in largest.items()}
+
+
+def iterate_on_device(
+    learner: Learner, simulator: Simulator, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Learner, Simulator, tuple, Batch, dict[str, Tensor]]:
+    """Rollout and update -> learner, simulator, what the host reads of the rollout, batch, metrics"""
+    simulator, transitions = collect_on_device(learner.agent, simulator, envs, config, timed)
+    rollout = timed("gae", as_rollout, transitions, simulator)
+    learner, batch, metrics = update(learner, rollout, config, Permutations(simulator, timed), timed)
+    return learner, simulator, timed("step", digest, transitions), batch, metrics
+
+
+def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
+    """What runs in place of each function: compiled, and for many seeds at once where there are many"""
+    over_seeds = partial(compiled, over_seeds=envs.config.num_seeds > 1)
+    plain = envs.blank, as_rollout, digest, averaged, explained_variance
+    with_config = draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient
+    return {
+        iterate_on_device: over_seeds(iterate_on_device, constant=(2, 3, 4), donated=(0, 1)),
+        collect_on_device: over_seeds(collect_on_device, constant=(2, 3, 4)),
+        envs.write: over_seeds(envs.write, shared=(3,), donated=(0, 1)),
+        choose_actions: over_seeds(choose_actions, shared=(3,)),
+        random_permutation: over_seeds(random_permutation, shared=(1,), constant=(2,)),
+        kl_and_clip_fraction: over_seeds(kl_and_clip_fraction, constant=(1,)),
+        **{function: over_seeds(function, constant=(2,)) for function in with_config},
+        **{function: over_seeds(function) for function in plain},
+    }
+
+
+def compiled(
+    function: Callable,
+    over_seeds: bool,
+    constant: tuple[int, ...] = (),
+    shared: tuple[int, ...] = (),
+    donated: tuple[int, ...] = (),
+) -> Callable:
+    """Positions of arguments: constants of the code, arrays that all seeds share, arrays that it may overwrite"""
+
+    def mapped(*arguments):
+        axes = [None if i in constant + shared else 0 for i in range(len(arguments))]
+        return jax.vmap(function, axes)(*arguments)
+
+    return jax.jit(mapped if over_seeds else function, static_argnums=constant, donate_argnums=donated)
+
+
+def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config, stopwatch: "Stopwatch") -> None:
+    """`warm_up`, by two fused iterations and one phase by phase on copies, which these use up"""
+    stopwatch.compiled |= compiled_on_device(envs)
+    if config.eval_episodes:
+        evaluated = envs.for_evaluation()
+        evaluated.restart(0)
+        agent = learner.agent if config.num_seeds == 1 else unstacked(learner)[0].agent
+        evaluated.step(act(agent, evaluated.observations))
+    to_numpy(learner)
+    if not config.num_iterations:
+        return
+    envs.restart(0)
+    simulator, unread = envs.simulator, Stopwatch(stopwatch.fence, stopwatch.compiled)
+    learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
+    for is_timed in (False, False, config.timing_interval > 0):
+        learner, _, batch, _ = iterate(learner, envs, config, np.random.default_rng(0), unread, is_timed)
+    probe(learner, envs, batch, config, unread)
+    envs.simulator, envs.episodes = simulator, []
+
+
+def network_input(observation: Tensor) -> Tensor:
+    """An image as (channels, height, width), bytes as they are; anything else as a vector"""
+    observation = jnp.moveaxis(observation, -1, 0) if observation.ndim == 3 else observation.ravel()
+    return observation if observation.dtype == jnp.uint8 else observation.astype(jnp.float32)
+
+
+def seeds(config: Config) -> list[Config]:
+    """The runs of --num-seeds, each by itself"""
+    numbers = range(config.seed, config.seed + config.num_seeds)
+    return [dataclasses.replace(config, seed=seed, num_seeds=1) for seed in numbers]
+
+
+def of_seed(k: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    prefix = f"seed_{k}."
+    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+
+
+def loaded(path: str, learner: Learner, envs: "Environments") -> Learner:
+    """`load_model`, every seed from the same"""
+    if learner.agent.weights.ndim == 1:
+        return load_model(path, learner, envs)
+    return stacked([load_model(path, one, envs) for one in unstacked(learner)])
+
+
+def greedy(learner: Learner) -> Callable | list[Callable]:
+    """Observations -> most likely actions; for each of many seeds"""
+    is_single = learner.agent.weights.ndim == 1
+    return partial(act, learner.agent) if is_single else [partial(act, one.agent) for one in unstacked(learner)]
+
+
+def is_gymnax(config: Config) -> bool:
+    return config.env_id.startswith("gymnax/")
+
+
+def checked_for_gymnax(config: Config) -> Config:
+    """Raises BadInput for flags that do not go with environments on the device."""
+    if config.num_seeds > 1 and not is_gymnax(config):
+        raise BadInput(f"--num-seeds {config.num_seeds}: environments outside the device have one seed a run")
+    if config.num_seeds > 1 and config.target_kl is not None:
+        raise BadInput(f"--target-kl {config.target_kl}: seeds that learn at once take the same number of epochs")
+    for name in ("norm_obs", "norm_reward", "episodic_life", "capture_video"):
+        if is_gymnax(config) and getattr(config, name):
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag}: not for {config.env_id}, which runs on the device; leave it out")
+    return config
+
+
+def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
+    """The game, its parameters, and its action space as Gymnasium's"""
+    try:
+        gymnax = importlib.import_module("gymnax")
+        name, kwargs = config.env_id.removeprefix("gymnax/"), json.loads(config.env_kwargs)
+        if name == "MNISTBandit-bsuite":
+            raise ValueError("it would download its images")
+        _, params = gymnax.make(name)
+        changed = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(params) if field.name in kwargs}
+        game, params = gymnax.make(name, **kwargs)[0], params.replace(**changed)
+        space, spaces = game.observation_space(params), gymnax.environments.spaces
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"the observation space {space} is not supported; Box is")
+        if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_NATURE and space.dtype != jnp.uint8:
+            raise ValueError(f"images of {SMALLEST_NATURE} x {SMALLEST_NATURE} or more must be bytes")
+        return game, params, spaces.gymnax_space_to_gym_space(game.action_space(params))
+    except Exception as error:
+        hint = "; pip install -r requirements/all.txt" if isinstance(error, ImportError) else ""
+        raise BadInput(f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}: {one_line(error)}{hint}") from error
+
+
 # ------------------------------------------------------------------------------------------------- stopwatch and run
 
 OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
-TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
+TRAINING_ONLY = ("optimizer.", "buffer.", "environment.")  # arrays of a checkpoint that a model does not need
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1051,13 +1530,7 @@ class Run:
         wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self.wandb = wandb.init(
-                **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
-                **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "name": self.directory.name},
-                **{"id": run_id, "resume": "allow", "dir": self.directory},
-                config=dataclasses.asdict(config) | about,
-                settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
-            )
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
         except wandb.Error as error:
             if not config.resume:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
@@ -1066,6 +1539,15 @@ class Run:
         self.log = self.wandb.log
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def open_record(self, about: dict, **where: str | Path):
+        config = self.config
+        return wandb.init(
+            **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+            **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "resume": "allow"},
+            **{"name": self.directory.name, "config": about} | where,
+            settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+        )
 
     def __enter__(self) -> "Run":
         is_main = threading.current_thread() is threading.main_thread()
@@ -1208,6 +1690,11 @@ class Run:
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        model = {name: array for name, array in arrays.items() if not name.startswith(TRAINING_ONLY)}
+        metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
+        save_arrays(directory / "model.safetensors", model, metadata)
+
     def conclude(
         self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
     ) -> list[float]:
@@ -1217,10 +1704,7 @@ class Run:
         returns = []
         if not self.stop_signal:
             if self.config.save_model:
-                model = {name: array for name, array in state().items() if not name.startswith(TRAINING_ONLY)}
-                metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
-                arguments = self.directory / "model.safetensors", model, metadata
-                self.stopwatch.timed("checkpoint", save_arrays, *arguments)
+                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
@@ -1235,6 +1719,75 @@ class Run:
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
+
+
+class SeedsRun(Run):
+    """Many seeds, a W&B run each in seed_<k>/. A row's values of seed k go by the name seed_<k>.…, the rest to all."""
+
+    POOLED = ("charts/episodic", "charts/return", "charts/evaluation", "histograms/")  # what is not of one seed
+
+    def open_record(self, about: dict, **where: str | Path):
+        self.records, self.sent_at = [], -math.inf
+        for k, one in enumerate(seeds(self.config)):
+            part = self.directory / f"seed_{k}"
+            part.mkdir(exist_ok=True)
+            more = {
+                "id": f"{where['id']}-{k}",
+                "dir": part,
+                "name": f"{self.directory.name}-{k}",
+                "reinit": "create_new",
+            }
+            self.records.append(super().open_record(about | dataclasses.asdict(one), **more))
+        return self
+
+    def define_metric(self, *arguments, **options) -> None:
+        for record in self.records:
+            record.define_metric(*arguments, **options)
+
+    def log(self, row: dict) -> None:
+        everyones = {name: x for name, x in row.items() if not name.startswith(("seed_", *self.POOLED))}
+        for k, record in enumerate(self.records):
+            record.log(everyones | of_seed(k, row))
+
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
+        """A row costs by the seed, so many seeds wait longer for one; the last rows do not."""
+        is_due = time.perf_counter() - self.sent_at >= SECONDS_OF_A_ROW * self.config.num_seeds / 8
+        if is_due or "times/iteration" not in self.row or self.iteration == self.config.num_iterations:
+            super().send_row(media)
+            self.sent_at = time.perf_counter()
+
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        self.sent_at = -math.inf
+        super().save_checkpoint(state, rng)
+
+    def finish(self, exit_code: int) -> None:
+        for record in self.records:
+            record.finish(exit_code=exit_code)
+
+    def check(self, metrics: dict[str, float]) -> None:
+        super().check({name: np.sum(x) for name, x in metrics.items()})
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        own = {name: x for name, x in metrics.items() if np.ndim(x)}
+        for k in range(self.config.num_seeds):
+            self.add({f"seed_{k}.{name}": x[k] for name, x in own.items()})
+        for env, episode_return, length in self.envs.episodes:
+            seed = f"seed_{env // self.envs.num_envs}"
+            self.add({f"{seed}.charts/episodic_return": episode_return, f"{seed}.charts/episodic_length": length})
+        super().record({name: x for name, x in metrics.items() if name not in own}, dict)
+
+    def evaluate(self, act: list[Callable]) -> list[float]:
+        returns = []
+        for k, act_of_seed in enumerate(act):
+            self.envs.evaluated_seed = k
+            found = super().evaluate(act_of_seed)
+            self.add({f"seed_{k}.charts/evaluation_return": sum(found) / len(found)} if found else {})
+            returns += found
+        return returns
+
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        for k, one in enumerate(seeds(config)):
+            super().save_model(directory / f"seed_{k}", one, of_seed(k, arrays))
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch

@@ -484,7 +484,7 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     return learner, metrics
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
@@ -548,7 +548,6 @@ class Result(NamedTuple):
     run_dir: Path
 
 
-# twin: ppo_mlx ppo_jax
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
@@ -1023,13 +1022,7 @@ class Run:
         wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self.wandb = wandb.init(
-                **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
-                **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "name": self.directory.name},
-                **{"id": run_id, "resume": "allow", "dir": self.directory},
-                config=dataclasses.asdict(config) | about,
-                settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
-            )
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
         except wandb.Error as error:
             if not config.resume:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
@@ -1038,6 +1031,15 @@ class Run:
         self.log = self.wandb.log
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def open_record(self, about: dict, **where: str | Path):
+        config = self.config
+        return wandb.init(
+            **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+            **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "resume": "allow"},
+            **{"name": self.directory.name, "config": about} | where,
+            settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+        )
 
     def __enter__(self) -> "Run":
         is_main = threading.current_thread() is threading.main_thread()
@@ -1180,6 +1182,11 @@ class Run:
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        model = {name: array for name, array in arrays.items() if not name.startswith(TRAINING_ONLY)}
+        metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
+        save_arrays(directory / "model.safetensors", model, metadata)
+
     def conclude(
         self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
     ) -> list[float]:
@@ -1189,10 +1196,7 @@ class Run:
         returns = []
         if not self.stop_signal:
             if self.config.save_model:
-                model = {name: array for name, array in state().items() if not name.startswith(TRAINING_ONLY)}
-                metadata = {"config": dataclasses.asdict(self.config), "global_step": self.global_step}
-                arguments = self.directory / "model.safetensors", model, metadata
-                self.stopwatch.timed("checkpoint", save_arrays, *arguments)
+                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
             returns = self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()

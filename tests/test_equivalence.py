@@ -206,7 +206,7 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(reader, models, tmp_pa
 # ------------------------------------------------------------------------------------------------- the files themselves
 
 
-MAY_DIFFER = {"device", "compile", "num_threads", "exp_name"}
+MAY_DIFFER = {"device", "compile", "num_threads", "num_seeds", "exp_name"}
 
 
 @pytest.mark.parametrize("module", OTHERS, ids=name)

@@ -1,0 +1,464 @@
+"""ppo_jax.py on gymnax environments, against slow loops in NumPy, its own Gymnasium path, and itself run otherwise.
+
+Where a test gives a tolerance of 1e-5 it compares code that was compiled in two ways, which add up in another order.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from gymnax.environments import environment, spaces
+
+import ppo_jax
+from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
+from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
+from tests.test_reliability import (
+    ROOT,
+    assert_a_signal_leaves_a_checkpoint,
+    assert_refused,
+    assert_resumes_to_the_bit,
+    assert_same_model,
+    checkpoints,
+    environment_variables,
+    main,
+)
+
+SCRIPT = ROOT / "ppo_jax.py"
+SMALL = {"num_envs": 4, "num_steps": 16, "eval_episodes": 0, "wandb_mode": "disabled", "learning_rate": 1e-3}
+
+
+@struct.dataclass
+class State(environment.EnvState):
+    action: jax.Array
+    start: jax.Array
+
+
+@struct.dataclass
+class Params(environment.EnvParams):
+    length: int = 7  # steps until it terminates
+    max_steps_in_episode: int = 1000
+    bad_step: int = -1  # where its observation is no number
+
+
+class Counter(environment.Environment[State, Params]):
+    """An observation is (steps of the episode, 1, last action) / 100; the reward is the step. An action below -1 or
+    above 1 would show."""
+
+    def __init__(self, box: bool = False):
+        super().__init__()
+        self.box = box
+
+    @property
+    def default_params(self) -> Params:
+        return Params()
+
+    def step_env(self, key, state, action, params):
+        state = State(state.time + 1, jnp.asarray(action, jnp.float32).reshape(()), state.start)
+        is_over = state.time >= params.length
+        return self.get_obs(state, params), state, jnp.float32(state.time), is_over, {}
+
+    def reset_env(self, key, params):
+        state = State(0, jnp.float32(0), jax.random.uniform(key))
+        return self.get_obs(state, params), state
+
+    def get_obs(self, state, params=None, key=None):
+        observation = jnp.stack([jnp.float32(state.time), jnp.float32(1), state.action]) / 100
+        return jnp.where(state.time == params.bad_step, jnp.nan, observation)
+
+    def observation_space(self, params):
+        return spaces.Box(-jnp.inf, jnp.inf, (3,), jnp.float32)
+
+    def action_space(self, params=None):
+        return spaces.Box(-1.0, 1.0, (1,), jnp.float32) if self.box else spaces.Discrete(2)
+
+
+gymnax.registration.register("Counter", Counter)
+
+
+def config_of(name: str = "CartPole-v1", kwargs: dict | None = None, **flags) -> Config:
+    return Config(env_id=f"gymnax/{name}", env_kwargs=json.dumps(kwargs or {}), **SMALL | flags)
+
+
+def opened(config: Config) -> tuple[ppo_jax.Learner, GymnaxEnvironments]:
+    envs = GymnaxEnvironments(config, config.num_envs)
+    learner = ppo_jax.new_learner(envs, config)
+    envs.restart(0)
+    return learner, envs
+
+
+def collected(config: Config, number: int) -> tuple[ppo_jax.Learner, GymnaxEnvironments, list[ppo_jax.Transition]]:
+    """Rollouts of an untrained policy, episodes going on from one to the next"""
+    learner, envs = opened(config)
+    collect = ppo_jax.compiled_on_device(envs)[ppo_jax.collect_on_device]
+    found = []
+    for _ in range(number):
+        envs.simulator, transitions = collect(learner.agent, envs.simulator, envs, config, envs.plainly)
+        found.append(jax.tree.map(np.asarray, transitions))
+    return learner, envs, found
+
+
+def model_after(directory: Path, **flags) -> dict[str, np.ndarray]:
+    flags = {"total_timesteps": 3 * 64, "run_dir": str(directory)} | flags
+    ppo_jax.train(config_of(**flags))
+    return ppo_jax.load_arrays(directory / "model.safetensors")[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- rollout
+
+ENDS = {  # how an episode of the counter ends: steps until it terminates and until it is cut off
+    "terminates": (5, 1000),
+    "truncates": (1000, 5),
+    "both at once": (5, 5),
+    "never": (1000, 1000),
+}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_transitions_and_episodes(ends):
+    """Against a count of steps in Python, over two rollouts"""
+    terminates, cut = ENDS[ends]
+    config = config_of("Counter", {"length": terminates, "max_steps_in_episode": cut}, num_envs=2)
+    _, envs, rollouts = collected(config, 2)
+    time, episode_return = 0, 0.0
+    for rollout in rollouts:
+        for t in range(config.num_steps):
+            assert np.allclose(rollout.observations[t, :, 0], time / 100)
+            time, episode_return = time + 1, episode_return + time + 1
+            assert np.allclose(rollout.final_observations[t, :, 0], time / 100)
+            assert (rollout.rewards[t] == time).all()
+            assert (rollout.terminated[t] == (time == terminates)).all()
+            assert (rollout.truncated[t] == (time == cut != terminates)).all()
+            assert (rollout.returns[t] == episode_return).all() and (rollout.lengths[t] == time).all()
+            if time in (terminates, cut):
+                time, episode_return = 0, 0.0
+    envs.add_episodes(rollouts[0])
+    episodes = [] if ends == "never" else [(n, 15.0, 5) for _ in range(3) for n in range(2)]
+    assert envs.pop_episodes() == episodes and envs.pop_episodes() == []
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_advantages(ends):
+    """Against GAE's definition, a sum over the rest of an episode; where it is cut off, or the rollout ends, V of the
+    true next observation stands for what would have come"""
+    terminates, cut = ENDS[ends]
+    config = config_of("Counter", {"length": terminates, "max_steps_in_episode": cut})
+    learner, envs, (rollout,) = collected(config, 1)
+    on_device = jax.tree.map(jnp.asarray, rollout)
+    batch = ppo_jax.make_batch(learner.agent, ppo_jax.as_rollout(on_device, envs.simulator), config)
+    values, next_values = (np.asarray(learner.agent(x)[1]) for x in (rollout.observations, rollout.final_observations))
+    expected = np.zeros_like(values)
+    for n, start in itertools.product(range(config.num_envs), range(config.num_steps)):
+        for t in range(start, config.num_steps):
+            future = 0.0 if rollout.terminated[t, n] else next_values[t, n]
+            delta = rollout.rewards[t, n] + config.gamma * future - values[t, n]
+            expected[start, n] += (config.gamma * config.gae_lambda) ** (t - start) * delta
+            if rollout.terminated[t, n] or rollout.truncated[t, n]:
+                break
+    np.testing.assert_allclose(batch.advantages.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(batch.values.reshape(values.shape), values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch.returns, batch.advantages + batch.values, rtol=1e-6)
+
+
+def test_cartpole_is_gymnasiums():
+    """From the same states the same actions lead to the same states, rewards and ends in Gymnasium's CartPole."""
+    config = config_of(num_steps=64, num_envs=3)
+    _, _, (rollout,) = collected(config, 1)
+    assert rollout.terminated.sum() > 5
+    with contextlib.closing(ppo_jax.Environments(dataclasses.replace(config, env_id="CartPole-v1"), 3)) as gym_envs:
+        gym_envs.restart(0)
+        for n, env in enumerate(gym_envs.vector.envs):
+            for t in range(config.num_steps):
+                env.unwrapped.state = rollout.observations[t, n].astype(float)
+                env.unwrapped.steps_beyond_terminated = None
+                observation, reward, terminated, _, _ = env.unwrapped.step(int(rollout.actions[t, n, 0]))
+                np.testing.assert_allclose(rollout.final_observations[t, n], observation, rtol=1e-5, atol=1e-6)
+                assert (reward, terminated) == (rollout.rewards[t, n], rollout.terminated[t, n])
+
+
+def test_box_actions_are_clipped_for_the_environment_alone():
+    config = config_of("Counter", {"box": True}, num_steps=64)
+    learner, envs = opened(config)
+    weights = learner.agent.replace(weights=learner.agent.weights.at[-1].set(1.0))  # log_std is the last in the vector
+    agent = weights if float(weights.log_std[0]) == 1.0 else learner.agent
+    collect = ppo_jax.compiled_on_device(envs)[ppo_jax.collect_on_device]
+    _, rollout = collect(agent, envs.simulator, envs, config, envs.plainly)
+    assert (np.abs(rollout.actions) > 1).sum() > 20
+    seen = 100 * np.asarray(rollout.final_observations[..., 2])
+    np.testing.assert_allclose(seen, rollout.actions[..., 0].clip(-1, 1), rtol=1e-6)
+
+
+def test_draws_are_new_in_every_step_environment_and_rollout():
+    _, envs, rollouts = collected(config_of("Counter", {"box": True, "length": 3}), 2)
+    actions = np.concatenate([rollout.actions for rollout in rollouts])
+    assert len(np.unique(actions)) == actions.size
+    starts = np.asarray(envs.simulator.states.start)
+    assert len(np.unique(starts)) == starts.size
+
+
+def test_permutations_hold_every_sample_once():
+    _, envs = opened(config_of())
+    found = [np.asarray(ppo_jax.random_permutation(envs.simulator, epoch, 1000)) for epoch in range(2)]
+    for permutation in found:
+        assert np.array_equal(np.sort(permutation), np.arange(1000))
+    assert not np.array_equal(*found)
+    assert abs(np.corrcoef(found[0], np.arange(1000))[0, 1]) < 0.1  # three standard deviations
+
+
+GAMES = [name for name in gymnax.registered_envs if name not in ("MNISTBandit-bsuite", "FrozenLake-misc")]
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_every_environment_fits(name):
+    """Each is traced through a whole iteration, whose learner and simulator look as before it."""
+    config = config_of(name)
+    learner, envs = opened(config)
+    iterate = jax.jit(ppo_jax.iterate_on_device, static_argnums=(2, 3, 4))
+    after = iterate.eval_shape(learner, envs.simulator, envs, config, envs.plainly)[:2]
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in ((learner, envs.simulator), after))
+    assert before == after
+
+
+# ----------------------------------------------------------------------------------------------------------- update
+
+
+def test_timing_leaves_the_weights_alone(tmp_path):
+    fused, timed = (model_after(tmp_path / str(k), timing_interval=k) for k in (0, 1))
+    untrained = model_after(tmp_path / "untrained", total_timesteps=0)
+    for name in fused:
+        np.testing.assert_allclose(timed[name], fused[name], rtol=0, atol=1e-5)
+        assert np.abs(fused[name] - untrained[name]).max() > 1e-4, name
+
+
+def test_target_kl_ends_an_update_in_compiled_code_too(tmp_path):
+    """After the first epoch, as with --update-epochs 1; phase by phase likewise"""
+    config = config_of(target_kl=1e-9)
+    outcomes = []
+    for one in (config, dataclasses.replace(config, target_kl=None, update_epochs=1), config):
+        learner, envs = opened(one)
+        stopwatch = ppo_jax.new_stopwatch(learner, one)
+        stopwatch.compiled |= ppo_jax.compiled_on_device(envs)
+        learner, _, _, metrics = ppo_jax.iterate(learner, envs, one, None, stopwatch, len(outcomes) == 2)
+        outcomes.append((np.asarray(learner.agent.weights), metrics))
+    for weights, metrics in outcomes:
+        np.testing.assert_allclose(weights, outcomes[1][0], rtol=0, atol=1e-6)
+        assert metrics == pytest.approx(outcomes[1][1], rel=1e-4, abs=1e-6)
+
+
+def test_a_seed_decides_everything(tmp_path):
+    first, again, other = (model_after(tmp_path / str(k), seed=seed) for k, seed in enumerate((1, 1, 2)))
+    for name in first:
+        assert np.array_equal(first[name], again[name]), name
+        assert not np.array_equal(first[name], other[name]), name
+
+
+def test_a_small_image(tmp_path):
+    """The CNN of MinAtar by torch's names; what the environment gives as (height, width, channels) is turned around."""
+    model = model_after(tmp_path / "run", name="Breakout-MinAtar", num_steps=8, total_timesteps=32, eval_episodes=1)
+    assert model["encoder.0.weight"].shape == (16, 4, 3, 3) and model["encoder.3.weight"].shape == (128, 16 * 8 * 8)
+    assert model["actor.0.weight"].shape == (3, 128)
+
+
+def test_cartpole_is_learnt(tmp_path):
+    config = config_of(num_steps=128, learning_rate=2.5e-4, total_timesteps=100_000, eval_episodes=10)
+    result = ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
+    assert np.mean(result.evaluation_returns) > 400
+
+
+# ------------------------------------------------------------------------------------------------- record and timing
+
+
+@pytest.mark.parametrize("timing_interval", [1, 0])
+def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeypatch):
+    config = config_of(num_steps=512, total_timesteps=30 * 2048, wandb_mode="offline", timing_interval=timing_interval)
+    clock = watched_clock(ppo_jax, monkeypatch)
+    ppo_jax.train(dataclasses.replace(config, eval_interval=16384, eval_episodes=2, run_dir=str(tmp_path / "run")))
+    _, rows = inspect(tmp_path / "run")
+    covered = timing_rows(rows)
+    inside = sum(row["times/iteration"] * number for row, number in covered)
+    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
+    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
+    assert all(row["times/other"] >= 0 for row, _ in covered)
+    phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
+    assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()
+    assert ("times/loss" in covered[0][0]) == bool(timing_interval)
+    if timing_interval:
+        assert np.median([row["times/other"] / row["times/iteration"] for row, _ in covered]) < 0.1
+    returns = [row["charts/episodic_return"] for row in rows if "charts/episodic_return" in row]
+    assert returns and returns == [row["charts/episodic_length"] for row in rows if "charts/episodic_length" in row]
+    assert {"losses/policy_loss", "losses/explained_variance", "charts/SPS"} <= covered[0][0].keys()
+
+
+def test_an_environment_that_gives_no_number_is_named(tmp_path):
+    config = config_of("Counter", {"bad_step": 3}, total_timesteps=64, run_dir=str(tmp_path / "run"))
+    with pytest.raises(TrainingFailed, match="gymnax/Counter gave a observation that is not finite"):
+        ppo_jax.train(config)
+
+
+# ------------------------------------------------------------------------------------------------------- resumption
+
+FLAGS = ["--env-id", "gymnax/CartPole-v1", "--num-envs", "2", "--num-steps", "16", "--eval-episodes", "1"]
+
+
+def test_killed_and_resumed(tmp_path):
+    """Episodes go on where they were: no environment is reset."""
+    flags = [*FLAGS, "--total-timesteps", "16000", "--checkpoint-interval", "1600"]
+    assert_resumes_to_the_bit(SCRIPT, tmp_path, *flags)
+
+
+def test_a_signal_ends_the_run_and_leaves_a_checkpoint(tmp_path):
+    assert_a_signal_leaves_a_checkpoint(SCRIPT, tmp_path, *FLAGS)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_checkpoint_holds_all_that_follows_from_it(num_seeds, tmp_path):
+    """From the last but one of a finished run to its end again, to the bit"""
+    config = config_of(num_seeds=num_seeds, total_timesteps=6 * 64, checkpoint_interval=128, timing_interval=2)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    ppo_jax.train(dataclasses.replace(config, run_dir=str(whole)))
+    shutil.copytree(whole, again)
+    checkpoints(again)[-1].unlink()
+    models = list(again.glob("**/model.safetensors"))
+    for path in models:
+        path.unlink()
+    assert main("--resume", again, module=ppo_jax).code == 0
+    assert len(models) == num_seeds
+    for path in models:
+        assert_same_model(path.parent, whole / path.parent.relative_to(again))
+
+
+def test_a_model_goes_on_and_evaluates(tmp_path):
+    first = ppo_jax.train(config_of(total_timesteps=640, eval_episodes=3, run_dir=str(tmp_path / "first")))
+    flags = {"load_model": str(tmp_path / "first/model.safetensors"), "eval_episodes": 3}
+    again = ppo_jax.train(config_of(total_timesteps=0, run_dir=str(tmp_path / "again"), **flags))
+    assert again.evaluation_returns == first.evaluation_returns and len(first.evaluation_returns) == 3
+    more = model_after(tmp_path / "more", **flags)
+    assert np.abs(more["actor.0.weight"] - ppo_jax.load_arrays(flags["load_model"])[0]["actor.0.weight"]).max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("timing_interval", [0, 1])
+def test_each_of_many_seeds_learns_as_by_itself(timing_interval, tmp_path):
+    """To 1e-5 over three iterations, because products of many matrices at once add up in another order"""
+    flags = {"timing_interval": timing_interval, "eval_episodes": 2}
+    many = ppo_jax.train(config_of(seed=5, num_seeds=3, total_timesteps=192, run_dir=str(tmp_path / "many"), **flags))
+    returns = []
+    for k in range(3):
+        directory = tmp_path / f"single {k}"
+        single = ppo_jax.train(config_of(seed=5 + k, total_timesteps=192, run_dir=str(directory), **flags))
+        returns += single.evaluation_returns
+        expected, _ = ppo_jax.load_arrays(directory / "model.safetensors")
+        found, metadata = ppo_jax.load_arrays(tmp_path / f"many/seed_{k}/model.safetensors")
+        assert found.keys() == expected.keys() and metadata["config"]["seed"] == 5 + k
+        for name in found:
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
+    assert many.evaluation_returns == returns
+
+
+def test_each_of_many_seeds_has_a_record(tmp_path):
+    config = config_of(seed=5, num_seeds=2, total_timesteps=40 * 64, eval_episodes=2, wandb_mode="offline")
+    result = ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
+    recorded = [inspect(tmp_path / f"run/seed_{k}") for k in range(2)]
+    assert [config["seed"] for config, _ in recorded] == [5, 6]
+    for k, (_, rows) in enumerate(recorded):
+        assert rows[-1]["charts/evaluation_return"] == np.mean(result.evaluation_returns[2 * k : 2 * k + 2])
+        assert {"losses/policy_loss", "charts/episodic_return", "times/update"} <= {key for row in rows for key in row}
+        assert not any("seed_" in key for row in rows for key in row)
+    losses = [[row["losses/entropy"] for row in rows if "losses/entropy" in row] for _, rows in recorded]
+    assert losses[0] != losses[1] and len(losses[0]) == len(losses[1])
+    ids = {next((tmp_path / f"run/seed_{k}").glob("wandb/*run-*/run-*.wandb")).stem for k in range(2)}
+    assert len(ids) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- devices
+
+WORKER = """
+import json, sys
+import jax, numpy as np
+import ppo_jax
+config = ppo_jax.validate(ppo_jax.Config(**json.loads(sys.argv[1])))
+envs = ppo_jax.GymnaxEnvironments(config, config.num_envs)
+learner = ppo_jax.new_learner(envs, config)
+envs.restart(0)
+stopwatch = ppo_jax.new_stopwatch(learner, config)
+stopwatch.compiled |= ppo_jax.compiled_on_device(envs)
+found = []
+for is_timed in (False, False, True):
+    learner, _, _, metrics = ppo_jax.iterate(learner, envs, config, None, stopwatch, is_timed)
+    found.append({name: np.asarray(x).tolist() for name, x in metrics.items()})
+split = [x for x in jax.tree.leaves(envs.simulator) if not x.sharding.is_fully_replicated]
+print(json.dumps([found, envs.mesh.size, len(split), np.asarray(learner.agent.weights).ravel().tolist()]))
+"""
+
+
+def on_devices(number: int, folder: Path, **flags) -> tuple[list[dict], int, int, list[float]]:
+    variables = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}", "PYTHONPATH": str(ROOT)}
+    variables["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path)
+    command = [sys.executable, "-c", WORKER, json.dumps(dataclasses.asdict(config_of(**flags)))]
+    variables = environment_variables(folder) | variables
+    run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_several_devices_learn_what_one_learns(num_seeds, tmp_path):
+    """Losses of three updates, two fused and one phase by phase"""
+    flags = {"num_envs": 8, "num_seeds": num_seeds}
+    losses, size, split, weights = on_devices(1, tmp_path, **flags)
+    assert (size, split) == (1, 0)
+    for number in (2, 4)[: 3 - num_seeds]:
+        found, size, split, found_weights = on_devices(number, tmp_path, **flags)
+        assert size == number and split >= 8
+        for one, other in zip(found, losses, strict=True):
+            for name in other:
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found_weights, weights, rtol=0, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "--env-id gymnax/Nothing-v0": ["gymnax/Nothing-v0", "not in registered"],
+    "--env-id gymnax/FrozenLake-misc": ["observation space", "Box is"],
+    "--env-id gymnax/MNISTBandit-bsuite": ["download"],
+    "--env-id gymnax/CartPole-v1 --norm-obs": ["--norm-obs"],
+    "--env-id gymnax/CartPole-v1 --norm-reward": ["--norm-reward"],
+    "--env-id gymnax/CartPole-v1 --capture-video": ["--capture-video"],
+    '--env-id gymnax/CartPole-v1 --env-kwargs {"nothing":1}': ["nothing"],
+    "--env-id gymnax/CartPole-v1 --num-seeds 2 --target-kl 0.1": ["--target-kl 0.1"],
+    "--num-seeds 2": ["--num-seeds 2"],
+    "--env-id gymnax/CartPole-v1 --num-seeds 0": ["--num-seeds 0"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_in_one_line(flags, tmp_path):
+    outcome = main(*flags.split(), "--run-dir", tmp_path / "run", module=ppo_jax)
+    assert_refused(outcome, *BAD[flags], module=ppo_jax)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_gymnax(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnax", None)
+    with pytest.raises(BadInput, match=r"requirements/all\.txt"):
+        ppo_jax.train(config_of(run_dir=str(tmp_path / "run")))
+
+
+def test_environment_arguments_reach_the_game_or_its_parameters():
+    envs = GymnaxEnvironments(config_of("Counter", {"length": 9, "box": True}), 2)
+    assert (envs.params.length, envs.game.box) == (9, True)
+    assert math.isinf(envs.game.observation_space(envs.params).high)
