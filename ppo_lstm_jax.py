@@ -203,18 +203,15 @@ class Agent(struct.PyTreeNode):
         is_image = len(observation_shape) == 3
         sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
         encoder = NatureCNN() if is_image else None
-        lstm = {"lstm_size": config.lstm_size, "lstm_layers": config.lstm_layers}
-        actor = RecurrentNetwork(sizes, **lstm, outputs=sum(nvec) or action_dim, gain=0.01)
-        critic = RecurrentNetwork(sizes, **lstm, outputs=1, gain=1.0)
-        starts, carry = jnp.zeros((1, 1)), jnp.zeros((1, config.lstm_layers, 2, config.lstm_size))
-        sequence = jnp.zeros((1, 1, *features)), carry, starts
-        inputs = {"encoder": (encoder, (jnp.zeros((1, *observation_shape)),))}
-        inputs |= {"actor": (actor, sequence), "critic": (critic, sequence)}
+        network = partial(RecurrentNetwork, sizes, config.lstm_size, config.lstm_layers)
+        actor, critic = network(outputs=sum(nvec) or action_dim, gain=0.01), network(outputs=1, gain=1.0)
+        step = (1, 1, *features), (1, config.lstm_layers, 2, config.lstm_size), (1, 1)  # x, carry, starts
+        inputs = {"encoder": (encoder, [(1, *observation_shape)]), "actor": (actor, step), "critic": (critic, step)}
         params = {} if nvec else {"log_std": jnp.zeros(action_dim, jnp.float32)}
         keys = jax.random.split(jax.random.key(config.seed), len(inputs))
-        for key, (name, (network, arguments)) in zip(keys, inputs.items(), strict=True):
+        for key, (name, (network, shapes)) in zip(keys, inputs.items(), strict=True):
             if network:
-                params[name] = jax.jit(network.init)(key, *arguments)["params"]
+                params[name] = jax.jit(network.init)(key, *map(jnp.zeros, shapes))["params"]
         return cls(*ravel_pytree(params), nvec, encoder, actor, critic)
 
     @property
@@ -239,11 +236,11 @@ class Agent(struct.PyTreeNode):
         values, critic_carries = self.apply("critic", features, carry[:, 1], starts)
         return policy, values.squeeze(-1), jnp.stack([actor_carries, critic_carries], 2)
 
-    def encode(self, observations: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
+        """(S, B, *O) -> (S, B, F)"""
         if not self.encoder:
-            return observations
-        features = self.apply("encoder", flatten(observations).astype(self.weights.dtype))
-        return features.reshape(*observations.shape[:2], -1)
+            return x
+        return self.apply("encoder", flatten(x).astype(self.weights.dtype)).reshape(*x.shape[:2], -1)
 
     def apply(self, network: str, *arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return getattr(self, network).apply({"params": self.params[network]}, *arguments)
@@ -256,7 +253,12 @@ class Agent(struct.PyTreeNode):
 
 
 class RecurrentNetwork(nn.Module):
-    """Tanh layers of these sizes, an LSTM, and a linear layer whose initial weights have this gain."""
+    """Tanh layers of these sizes, an LSTM, and a linear layer whose initial weights have this gain.
+
+    The LSTM has a forget gate (Gers et al. 2000, "Learning to Forget"), whose bias is 1 at first: a cell begins with
+    keeping what it holds. Names and order of the gates are torch's:
+    i, f, g, o = W_ih x + W_hh h + b,   c' = σ(f) c + σ(i) tanh(g),   h' = σ(o) tanh(c').
+    """
 
     sizes: tuple[int, ...]
     lstm_size: int
@@ -269,28 +271,12 @@ class RecurrentNetwork(nn.Module):
         """(S, B, F), (B, layers, 2, H), (S, B) -> (S, B, outputs), carries after each step (S, B, layers, 2, H)"""
         for i, size in enumerate(self.sizes):
             x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
-        x, carries = LSTM(self.lstm_size, self.lstm_layers, name="lstm")(x, carry, starts)
-        return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), carries
-
-
-class LSTM(nn.Module):
-    """LSTM with a forget gate (Gers et al. 2000, "Learning to Forget"), the names and the order of gates as in torch:
-
-    i, f, g, o = W_ih x + W_hh h + b,   c' = σ(f) c + σ(i) tanh(g),   h' = σ(o) tanh(c')
-    """
-
-    size: int
-    layers: int
-
-    @nn.compact
-    def __call__(self, x: Tensor, carry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """(S, B, F), (B, layers, 2, H), (S, B) -> outputs (S, B, H), carries after each step (S, B, layers, 2, H)"""
+        orthogonal, size = nn.initializers.orthogonal(), 4 * self.lstm_size
         keep, carries = 1 - starts.astype(carry.dtype)[..., None], []
-        for layer in range(self.layers):
-            orthogonal = nn.initializers.orthogonal()
-            w_ih = self.param(f"kernel_ih_l{layer}", orthogonal, (x.shape[-1], 4 * self.size))
-            w_hh = self.param(f"kernel_hh_l{layer}", orthogonal, (self.size, 4 * self.size))
-            bias = self.param(f"bias_ih_l{layer}", remembering, (4 * self.size,))
+        for i in range(self.lstm_layers):
+            w_ih = self.param(f"lstm.kernel_ih_l{i}", orthogonal, (x.shape[-1], size))
+            w_hh = self.param(f"lstm.kernel_hh_l{i}", orthogonal, (self.lstm_size, size))
+            b = self.param(f"lstm.bias_ih_l{i}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
 
             def step(carry: tuple, inputs: tuple, w_hh: Tensor = w_hh) -> tuple:
                 (h, c), (gates, keep) = carry, inputs
@@ -299,15 +285,10 @@ class LSTM(nn.Module):
                 h = nn.sigmoid(o) * nn.tanh(c)
                 return (h, c), (h, c)
 
-            gates = x @ w_ih + bias  # of all steps in one product: (S, B, 4H)
-            _, (x, cells) = jax.lax.scan(step, (carry[:, layer, 0], carry[:, layer, 1]), (gates, keep))
+            # x @ w_ih is one product for all steps, (S, B, 4H)
+            _, (x, cells) = jax.lax.scan(step, (carry[:, i, 0], carry[:, i, 1]), (x @ w_ih + b, keep))
             carries.append(jnp.stack([x, cells], 2))
-        return x, jnp.stack(carries, 2)
-
-
-def remembering(key: Tensor, shape: tuple[int, ...], dtype: type = jnp.float32) -> Tensor:
-    """Bias 1 of the forget gate, so that a cell keeps what it holds at first (Gers et al. 2000), and else 0."""
-    return jnp.zeros((4, shape[0] // 4), dtype).at[1].set(1).ravel()
+        return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), jnp.stack(carries, 2)
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -350,8 +331,7 @@ class Batch(NamedTuple):
 
     observations: Tensor  # (T, N, *O)
     starts: Tensor  # (T, N), 1 where an observation begins an episode, and is not the rollout's first
-    carries: Tensor  # (T, N, *C), before each step
-    next_carry: Tensor  # (N, *C), before the next rollout; zero where an episode begins
+    carries: Tensor  # (T + 1, N, *C), before each step, zero where an episode begins; the last begins the next rollout
     actions: Tensor  # (T, N, A)
     log_probs: Tensor  # (T, N), of the policy that acted
     values: Tensor  # (T, N), before the update, or the epoch where --recompute-advantages
@@ -480,15 +460,13 @@ def annealed_learning_rate(iteration: int, config: Config) -> float:
 
 
 def forward(agent: Agent, minibatch: Minibatch, config: Config) -> tuple[Tensor, Tensor]:
-    """The actor's output (S, B, ·) and values (S, B) of the sequences, unrolled from where the burn-in leads."""
-    first, burn_in = config.burn_in, minibatch.burn_in
-    carry = minibatch.carry
-    if first:
-        _, _, carries = agent(minibatch.observations[:first], carry, minibatch.starts[:first])
+    """The actor's output (S, B, ·) and values (S, B) of the sequences, unrolled from where the burn-in leads (R2D2)."""
+    observations, starts, carry, burn_in = minibatch[:4]
+    if config.burn_in:
+        _, _, carries = agent(observations[: config.burn_in], carry, starts[: config.burn_in])
         carries = jnp.concatenate([carry[None], carries])  # (W + 1, B, *C), after 0 to W steps
         carry = jax.lax.stop_gradient(carries[burn_in, jnp.arange(len(burn_in))])
-    policy, values, _ = agent(minibatch.observations[first:], carry, minibatch.starts[first:])
-    return policy, values
+    return agent(observations[config.burn_in :], carry, starts[config.burn_in :])[:2]
 
 
 def loss_and_gradient(agent: Agent, minibatch: Minibatch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -529,35 +507,30 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     policy, values, carries_after = agent(observations, carry, starts)
     next_values = values[1:]
     if len(final_observations):
-        rows = jnp.cumsum(truncated > 0).reshape(truncated.shape) - 1
-        observations_after = flatten(final_observations[rows])[None]  # (1, T · N, *O): a step from each carry
-        not_reset = jnp.zeros(observations_after.shape[:2])
-        _, final_values, _ = agent(observations_after, flatten(carries_after[:-1]), not_reset)
-        next_values = jnp.where(truncated > 0, final_values.reshape(truncated.shape), next_values)
+        rows = jnp.cumsum(truncated > 0) - 1  # of the final observations; what follows no truncation is not used
+        step = final_observations[rows][None], flatten(carries_after[:-1]), jnp.zeros((1, rows.size))
+        next_values = jnp.where(truncated > 0, agent(*step)[1].reshape(truncated.shape), next_values)
     advantages = gae(rewards, values[:-1], next_values, terminated, done, config.gamma, config.gae_lambda)
     log_probs, _ = log_probs_and_entropies(policy[:-1], agent.log_std, actions, agent.nvec)
-    carries = jnp.concatenate([carry[None], carries_after[:-2]])
-    next_carry = jnp.where(starts[-1].reshape(-1, *[1] * (carry.ndim - 1)) > 0, 0, carries_after[-2])
+    carries = jnp.concatenate([carry[None], carries_after[:-1]]) * (1 - starts)[..., None, None, None, None]
     samples = actions, log_probs, values[:-1], advantages, advantages + values[:-1]
-    return Batch(observations[:-1], starts[:-1], carries, next_carry, *samples)
+    return Batch(observations[:-1], starts[:-1], carries, *samples)
 
 
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Minibatch]:
     """One epoch: each sequence once, in the order given; advantages are normalised within each minibatch."""
-    sequences = permutation.reshape(config.num_minibatches, 1, -1)  # (M, 1, B)
-    row, column = jnp.divmod(sequences, config.num_envs)
+    row, column = jnp.divmod(permutation.reshape(config.num_minibatches, 1, -1), config.num_envs)  # (M, 1, B)
     first = row * config.sequence_length
     begin = jnp.maximum(first - config.burn_in, 0)
     steps = first + jnp.arange(config.sequence_length)[:, None]  # (M, S, B)
     all_steps = jnp.concatenate([begin + jnp.arange(config.burn_in)[:, None], steps], 1)  # (M, W + S, B)
-    observations, starts = batch.observations[all_steps, column], batch.starts[all_steps, column]
+    seen = (field[all_steps, column] for field in (batch.observations, batch.starts))
     carry, burn_in = batch.carries[begin[:, 0], column[:, 0]], (first - begin)[:, 0]
-    actions, log_probs, values, advantages, returns = (field[steps, column] for field in batch[4:])
+    actions, log_probs, values, advantages, returns = (field[steps, column] for field in batch[3:])
     if config.norm_adv:
         deviations = advantages - advantages.mean((1, 2), keepdims=True)
         advantages = deviations / (advantages.std((1, 2), ddof=1, keepdims=True) + 1e-8)
-    fields = observations, starts, carry, burn_in, actions, log_probs, values, advantages, returns
-    return list(map(Minibatch, *fields))
+    return list(map(Minibatch, *seen, carry, burn_in, actions, log_probs, values, advantages, returns))
 
 
 def update_minibatch(learner: Learner, minibatch: Minibatch, config: Config, timed: Callable):
@@ -613,11 +586,7 @@ def action_noise(rng: np.random.Generator, shape: tuple[int, ...], agent: Agent)
 
 
 def act(
-    agent: Agent,
-    observations: np.ndarray,
-    starts: np.ndarray,
-    carry: Tensor | None = None,
-    noise: np.ndarray | float = 0.0,
+    agent: Agent, observations: np.ndarray, starts: np.ndarray, carry: Tensor | None = None, noise: np.ndarray = 0.0
 ) -> tuple[np.ndarray, Tensor]:
     """(N, *O), (N,), (N, layers, 2, H), (N, ·) -> actions (N, A), the actor's carry for the next step; None: the first.
 
@@ -685,7 +654,7 @@ def train(config: Config) -> Result:
                 else:
                     arguments = learner, rollout, config, rng, stopwatch.fused
                     learner, batch, metrics = stopwatch.timed("update", update, *arguments)
-                carry = batch.next_carry
+                carry = batch.carries[-1]
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
@@ -866,22 +835,22 @@ def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layouts; Adam's step and moments as optimizer.<which>."""
     adam, _ = learner.optimizer
     arrays = {f"optimizer.{name}": np.asarray(value) for name, value in adam._asdict().items()}
-    for name, x in flatten_dict(learner.agent.params, sep=".").items():
-        order = (-1, -2, *range(x.ndim - 2)) if "kernel" in name else (0,)  # (h, w, in, out) or (in, out)
-        arrays[name.replace("kernel", "weight")] = np.asarray(x).transpose(order).copy()
+    for path, x in flatten_dict(learner.agent.params).items():
+        order = (-1, -2, *range(x.ndim - 2)) if x.ndim > 1 else (0,)  # (h, w, in, out) or (in, out)
+        arrays[".".join(path).replace("kernel", "weight")] = np.asarray(x).transpose(order).copy()
     return arrays
 
 
 def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     """The inverse of `to_numpy`; without moments the optimizer stays as it is."""
     params, (adam, rest) = {}, learner.optimizer
-    for name, weight in flatten_dict(learner.agent.params, sep=".").items():
-        x = arrays[name.replace("kernel", "weight")]
-        order = (*range(2, x.ndim), 1, 0) if "kernel" in name else (0,)
-        params[name] = jnp.array(x.transpose(order), weight.dtype)
+    for path, weight in flatten_dict(learner.agent.params).items():
+        x = arrays[".".join(path).replace("kernel", "weight")]
+        order = (*range(2, x.ndim), 1, 0) if x.ndim > 1 else (0,)
+        params[path] = jnp.array(x.transpose(order), weight.dtype)
     if "optimizer.count" in arrays:
         adam = type(adam)(*(jnp.array(arrays[f"optimizer.{name}"]) for name in adam._fields))
-    agent = learner.agent.replace(weights=ravel_pytree(unflatten_dict(params, sep="."))[0])
+    agent = learner.agent.replace(weights=ravel_pytree(unflatten_dict(params))[0])
     return learner._replace(agent=agent, optimizer=(adam, rest))
 
 
