@@ -44,11 +44,8 @@ from tests.test_ppo_torch import call, slow_gae
 from tests.test_reliability import (
     BAD_INPUT,
     NUMBERS,
-    ROOT,
     SILENT,
-    assert_a_signal_leaves_a_checkpoint,
     assert_refused,
-    assert_resumes_to_the_bit,
     case,
     main,
 )
@@ -370,7 +367,8 @@ def test_burn_in_has_no_gradient():
         expected = [fused(None, ppo_lstm_jax.loss_and_gradient, newer.agent, other, plain) for other in (warm, cold)]
     np.testing.assert_allclose(gradient, expected[0][0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(log_ratio, expected[0][2], rtol=0, atol=1e-12)
-    assert losses == pytest.approx(expected[0][1], abs=1e-12)
+    for name, loss in losses.items():
+        assert float(loss) == pytest.approx(float(expected[0][1][name]), abs=1e-12)
     assert np.abs(gradient - expected[1][0]).max() > 1e-4
 
 
@@ -458,7 +456,7 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(tmp_path):
     assert train(dataclasses.replace(config, **flags)).evaluation_returns == first.evaluation_returns
     for what, value in {"lstm_size": 6, "lstm_layers": 1}.items():
         flags |= {what: value, "run_dir": str(tmp_path / what)}
-        with pytest.raises(ppo_lstm_jax.BadInput, match=r"lstm.* there and .* here"):
+        with pytest.raises(ppo_lstm_jax.BadInput, match=r"(head|lstm).* there and .* here.*--lstm-size, --lstm-layers"):
             train(dataclasses.replace(config, **flags))
 
 
@@ -516,12 +514,12 @@ def test_memory_matters(tmp_path):
 
 
 def observed(env_id: str, state: Callable, **flags) -> tuple[np.ndarray, np.ndarray]:
-    """Observations of 20 steps, and the same made of the environment's own state."""
+    """Observations of 8 steps, and the same made of the environment's own state."""
     config = Config(env_id=env_id, num_envs=1, vectorization="sync", mask_velocity=True, **flags)
     found, rng = [], np.random.default_rng(0)
     with contextlib.closing(Environments(config, 1)) as envs:
         envs.restart(0)
-        for _ in range(20):
+        for _ in range(8):
             found.append((envs.observations[0].copy(), state(envs.vector.envs[0].unwrapped)))
             actions = rng.integers(0, envs.nvec[0], (1, 1)) if envs.nvec else rng.uniform(-1, 1, (1, envs.action_dim))
             envs.step(actions)
@@ -551,7 +549,7 @@ def test_masked_velocities(env_id, state):
     hidden = (expected == 0).all(0)
     with contextlib.closing(gym.make(env_id)) as env:
         env.reset(seed=0)
-        seen = np.array([env.step(env.action_space.sample())[0] for _ in range(20)])
+        seen = np.array([env.step(env.action_space.sample())[0] for _ in range(8)])
     assert (np.abs(seen[:, hidden]).max(0) > 0)[: 3 if "Lunar" in env_id else None].all()  # but for legs in the air
 
 
@@ -604,20 +602,6 @@ def test_a_model_without_a_memory_is_refused(tmp_path):
     ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
     outcome = main(*QUIET, "--load-model", tmp_path / "run/model.safetensors", module=ppo_lstm_jax)
     assert_refused(outcome, "actor", "missing", "another script", module=ppo_lstm_jax)
-
-
-FLAGS = ["--num-envs", "2", "--num-steps", "16", "--sequence-length", "4", "--eval-episodes", "1", "--burn-in", "2"]
-FLAGS += ["--vectorization", "sync", "--norm-obs", "--mask-velocity", "--recompute-hidden"]
-
-
-def test_killed_and_resumed(tmp_path):
-    """To the bit, though carries are not in a checkpoint: new episodes begin there, in every run."""
-    flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "160"]
-    assert_resumes_to_the_bit(ROOT / "ppo_lstm_jax.py", tmp_path, *flags)
-
-
-def test_a_signal_ends_the_run_and_leaves_a_checkpoint(tmp_path):
-    assert_a_signal_leaves_a_checkpoint(ROOT / "ppo_lstm_jax.py", tmp_path, *FLAGS)
 
 
 def test_flags_are_those_of_the_other_ppo_scripts_and_the_memory():
