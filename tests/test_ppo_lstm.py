@@ -478,6 +478,30 @@ def test_an_update_fused_and_phase_by_phase(tmp_path):
         assert np.abs(x - untrained[name]).max() > 1e-4 or name.startswith("optimizer."), name
 
 
+def test_the_carry_goes_on_until_new_episodes_begin(tmp_path, monkeypatch):
+    """Across rollouts, and not across a checkpoint, which makes the environments anew."""
+    begun, collect = [], ppo_lstm_jax.collect_rollout
+
+    def watched(agent, carry, *arguments):
+        begun.append((agent, collect(agent, carry, *arguments)))
+        return begun[-1][1]
+
+    monkeypatch.setattr(ppo_lstm_jax, "collect_rollout", watched)
+    flags = {"total_timesteps": 5 * 36, "checkpoint_interval": 3 * 36, "eval_interval": 36, "eval_episodes": 2}
+    flags |= {"learning_rate": 0.03, "run_dir": str(tmp_path / "run")}
+    config = dataclasses.replace(known("Echo", {"space": "discrete"}), **flags)  # 7 steps an episode, 12 a rollout
+    learner = train(config).learner
+    for i, (_, rollout) in enumerate(begun):
+        if i in (0, 3):
+            assert not np.any(rollout.carry)
+            continue
+        agent, before = begun[i - 1]
+        expected = slow_batch(learner._replace(agent=agent), before, config)["carries"][-1]
+        np.testing.assert_allclose(rollout.carry, expected, rtol=0, atol=1e-5)
+        assert np.abs(rollout.carry).max() > 0.01
+    assert len(begun) == 5
+
+
 def test_target_kl_stops_after_an_epoch():
     config = dataclasses.replace(KINDS["truncated"], learning_rate=0.03, update_epochs=5)
     learner, (rollout,), fused = prepared(config)
@@ -602,17 +626,3 @@ def test_a_model_without_a_memory_is_refused(tmp_path):
     ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
     outcome = main(*QUIET, "--load-model", tmp_path / "run/model.safetensors", module=ppo_lstm_jax)
     assert_refused(outcome, "actor", "missing", "another script", module=ppo_lstm_jax)
-
-
-def test_flags_are_those_of_the_other_ppo_scripts_and_the_memory():
-    def flags(module) -> dict:
-        return {field.name: (str(field.type), field.default) for field in dataclasses.fields(module.Config)}
-
-    own, shared = flags(ppo_lstm_jax), flags(ppo_jax)
-    memory = {"lstm_size", "lstm_layers", "sequence_length", "burn_in", "mask_velocity"}
-    memory |= {"recompute_hidden", "recompute_advantages"}
-    assert own.keys() - shared.keys() == memory
-    assert [(n, x) for n, x in own.items() if n not in memory | {"exp_name"}] == [
-        (n, x) for n, x in shared.items() if n != "exp_name"
-    ]
-    assert Config().exp_name == "ppo_lstm_jax"
