@@ -164,7 +164,7 @@ class Config:
 
     @property
     def recomputed(self) -> tuple[str, ...]:
-        """Fields of a batch"""
+        """Fields of a batch that each epoch but the first computes anew"""
         carries, advantages = ("carries",), ("values", "advantages", "returns")
         return carries * self.recompute_hidden + advantages * self.recompute_advantages
 
@@ -273,20 +273,20 @@ class RecurrentNetwork(nn.Module):
             x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
         orthogonal, size = nn.initializers.orthogonal(), 4 * self.lstm_size
         keep, carries = 1 - starts.astype(carry.dtype)[..., None], []
-        for i in range(self.lstm_layers):
-            w_ih = self.param(f"lstm.kernel_ih_l{i}", orthogonal, (x.shape[-1], size))
-            w_hh = self.param(f"lstm.kernel_hh_l{i}", orthogonal, (self.lstm_size, size))
-            b = self.param(f"lstm.bias_ih_l{i}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
+        for layer in range(self.lstm_layers):
+            w_ih = self.param(f"lstm.kernel_ih_l{layer}", orthogonal, (x.shape[-1], size))
+            w_hh = self.param(f"lstm.kernel_hh_l{layer}", orthogonal, (self.lstm_size, size))
+            b = self.param(f"lstm.bias_ih_l{layer}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
 
-            def step(carry: tuple, inputs: tuple, w_hh: Tensor = w_hh) -> tuple:
-                (h, c), (gates, keep) = carry, inputs
+            def step(state: tuple, inputs: tuple, w_hh: Tensor = w_hh) -> tuple:
+                (h, c), (gates, keep) = state, inputs
                 i, f, g, o = jnp.split(gates + keep * h @ w_hh, 4, -1)
                 c = nn.sigmoid(f) * keep * c + nn.sigmoid(i) * nn.tanh(g)
                 h = nn.sigmoid(o) * nn.tanh(c)
                 return (h, c), (h, c)
 
             # x @ w_ih is one product for all steps, (S, B, 4H)
-            _, (x, cells) = jax.lax.scan(step, (carry[:, i, 0], carry[:, i, 1]), (x @ w_ih + b, keep))
+            _, (x, cells) = jax.lax.scan(step, (carry[:, layer, 0], carry[:, layer, 1]), (x @ w_ih + b, keep))
             carries.append(jnp.stack([x, cells], 2))
         return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), jnp.stack(carries, 2)
 
@@ -746,9 +746,9 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     actions = np.array([action] * config.num_steps)
     rewards, carry = np.zeros(actions.shape[:2], np.float32), learner.agent.first_carry(config.num_envs)
     rollout = Rollout(observations, actions, rewards, rewards > 0, rewards > 0, observations[0, :0], carry)
-    update(learner, rollout, config, np.random.default_rng(0), stopwatch.fused)
+    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), stopwatch.fused)
     truncated = np.arange(rewards.size).reshape(rewards.shape) == 0
-    rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1])
+    rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1], carry=batch.carries[-1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
     _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
     probe_loss(learner.agent, batch, config, unread)
@@ -1100,7 +1100,8 @@ def check_finite(env_id: str, **arrays: np.ndarray) -> None:
 def evaluate(
     act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
 ) -> list[float]:
-    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
+    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics. The carry
+    goes on until an episode ends, as in training."""
     first_returns, frames = {}, []
     with contextlib.closing(trained.for_evaluation()) as envs:
         envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
