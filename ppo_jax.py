@@ -265,6 +265,7 @@ class MinAtarCNN(nn.Module):
         return nn.relu(initialised(nn.Dense)(self.features, name="3")(x))
 
 
+# twin: ppo_jax ppo_lstm_jax
 def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> Callable[..., nn.Module]:
     """Orthogonal weights (Saxe et al. 2014) times a gain, biases zero."""
     return partial(layer, kernel_init=nn.initializers.orthogonal(gain), bias_init=nn.initializers.zeros)
@@ -297,6 +298,7 @@ class Batch(NamedTuple):
     returns: Tensor  # (B,)
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Learner(NamedTuple):
     """What an update changes."""
 
@@ -308,7 +310,7 @@ class Learner(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- equations
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...]) -> np.ndarray:
     """Output of the actor (N, ·), noise of that shape -> actions (N, A); noise 0 gives the most likely ones.
 
@@ -324,6 +326,7 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
     return actions
 
 
+# twin: ppo_jax ppo_lstm_jax
 def log_probs_and_entropies(
     policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -340,6 +343,7 @@ def log_probs_and_entropies(
     return reduce(jnp.add, log_probs), reduce(jnp.add, entropies)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
 ) -> Tensor:
@@ -358,12 +362,14 @@ def gae(
     return jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, decays), reverse=True)[1]
 
 
+# twin: ppo_jax ppo_lstm_jax
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
     """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
     ratio = jnp.exp(log_ratio)
     return -jnp.minimum(ratio * advantages, ratio.clip(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
+# twin: ppo_jax ppo_lstm_jax
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
     """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
     squared_errors = (values - returns) ** 2
@@ -373,6 +379,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: f
     return 0.5 * squared_errors.mean()
 
 
+# twin: ppo_jax ppo_lstm_jax
 def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
     """KL(π_old ‖ π) by estimators k3 and k1 (Schulman 2020, "Approximating KL Divergence"); clipped fraction."""
     ratio = jnp.exp(log_ratio)
@@ -381,13 +388,13 @@ def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tenso
     return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
 
 
-# twin: ppo_mlx ppo_jax
+# twin: ppo_mlx ppo_jax ppo_lstm_jax
 def explained_variance(batch: Batch) -> Tensor:
     """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
     return 1 - batch.advantages.var() / batch.returns.var()
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def annealed_learning_rate(iteration: int, config: Config) -> float:
     """From --learning-rate at the first update to --final-learning-rate one update after the last."""
     progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
@@ -416,6 +423,7 @@ def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[T
     return gradient.weights, losses, log_ratio
 
 
+# twin: ppo_jax ppo_lstm_jax
 def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[Learner, Tensor]:
     """Scales the gradient by min(1, max_grad_norm / (norm + 1e-6)); one step of Adam -> learner, norm before"""
     norm = jnp.linalg.norm(gradient)
@@ -496,6 +504,7 @@ def update(
 # --------------------------------------------------------------------------------------------------------- rollout
 
 
+# twin: ppo_jax ppo_lstm_jax
 def action_noise(rng: np.random.Generator, shape: tuple[int, ...], agent: Agent) -> np.ndarray:
     """(*shape, ·) for `sample_actions`"""
     if agent.nvec:
@@ -560,7 +569,7 @@ def iterate(
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Result(NamedTuple):
     learner: Learner
     evaluation_returns: list[float]  # of each episode
@@ -601,7 +610,7 @@ def train(config: Config) -> Result:
     return Result(learner, returns, run.directory)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
 def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
     """All that a checkpoint keeps as arrays"""
     return to_numpy(learner) | envs.to_numpy()
@@ -610,7 +619,7 @@ def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------- jax
 
 
-# twin: ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
 def set_up_jax(config: Config) -> None:
     """Raises BadInput for a device that is not there."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # handing 20 µs of work to a thread costs 20 µs more
@@ -633,7 +642,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     return with_learning_rate(Learner(agent, optimizer, config.learning_rate), config.learning_rate)
 
 
-# twin: ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
 def device_name(learner: Learner) -> str:
     (device,) = jax.tree.leaves(learner)[0].devices()
     return device.platform if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
@@ -708,6 +717,7 @@ def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, 
     timed("loss/value", value_loss, values, minibatch.values, minibatch.returns, value_clip)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def padded(rollout: Rollout) -> Rollout:
     """With T · N final observations where there are any: each other number would be compiled anew."""
     observations = rollout.final_observations
@@ -727,6 +737,7 @@ def is_traced(x: Tensor) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def flatten(x: Tensor) -> Tensor:
     """(T, N, …) -> (T · N, …)"""
     return x.reshape(-1, *x.shape[2:])
@@ -778,6 +789,7 @@ def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
     return {name: x.mean() for name, x in losses.items()}, log_ratios
 
 
+# twin: ppo_jax ppo_lstm_jax
 def stacked(trees: list) -> object:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
@@ -787,12 +799,14 @@ def unstacked(learner: Learner) -> list[Learner]:
     return [jax.tree.map(lambda x, k=k: x[k], learner) for k in range(len(learner.agent.weights))]
 
 
+# twin: ppo_jax ppo_lstm_jax
 def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     """Floats and booleans take the dtype of the weights, integers keep theirs."""
     tensors, dtype = [jnp.asarray(array) for array in arrays], agent.weights.dtype
     return [x.astype(dtype) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x for x in tensors]
 
 
+# twin: ppo_jax ppo_lstm_jax
 def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
     """What the record has a histogram of, or a picture"""
     images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
@@ -830,7 +844,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
 # ---------------------------------------------------------------------------------------------------- environments
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 class Environments:
     """N environments that reset in the very step that ends an episode; normalises, clips and adds up returns."""
 
@@ -862,7 +876,7 @@ class Environments:
         self.lives, self.episodes = info["lives"] if self.is_atari else None, []
         self.observations = self.normalize(observations)
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def close(self) -> None:
         try:
             self.vector.close()
@@ -925,7 +939,7 @@ class Environments:
     def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
         self.statistics = {name: arrays[name] for name in self.statistics}
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -985,7 +999,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
@@ -994,7 +1008,7 @@ def quieten_mujoco(env_id: str) -> None:
         importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """SIGINT and SIGTERM take effect at the end."""
@@ -1010,7 +1024,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     """Whether processes save more than the 40 µs an environment that talking to them costs."""
     with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
@@ -1020,7 +1034,7 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     """(choices of each discrete dimension, none for a Box), A"""
     if isinstance(space, spaces.Discrete):
@@ -1032,7 +1046,7 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
     if isinstance(space, spaces.Discrete):
@@ -1042,7 +1056,7 @@ def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     return actions.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
@@ -1461,7 +1475,7 @@ SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms cos
 TRAINING_ONLY = ("optimizer.", "buffer.", "environment.")  # arrays of a checkpoint that a model does not need
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Stopwatch:
     """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
     with a slash is part of another."""
@@ -1496,7 +1510,7 @@ class Stopwatch:
         return seconds
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
@@ -1790,7 +1804,7 @@ class SeedsRun(Run):
             super().save_model(directory / f"seed_{k}", one, of_seed(k, arrays))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.search(r"model name\s*: (.*)", info)
@@ -1800,7 +1814,7 @@ def cpu_name() -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -1817,7 +1831,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
         raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1830,7 +1844,7 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
         raise BadInput(f"cannot use {path}: {one_line(error)}") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -1838,12 +1852,12 @@ def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def has_checkpoint(config: Config) -> bool:
     return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
@@ -1873,7 +1887,7 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     return from_numpy(learner, arrays)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
@@ -1898,12 +1912,12 @@ def open_directory(config: Config) -> tuple[Path, str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class BadInput(Exception):
     """The run cannot begin; the message says what would be right."""
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
     """A number is not finite, or a file cannot be written."""
 
@@ -1921,7 +1935,7 @@ def validate(config: Config) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checked_fields(config: Config) -> Config:
     try:
         config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
@@ -1934,7 +1948,7 @@ def checked_fields(config: Config) -> Config:
     raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse(arguments: list[str], default: Config) -> Config:
     """The command line as tyro reads it, its boxed complaints as one line."""
     complaints = io.StringIO()
@@ -1947,7 +1961,7 @@ def parse(arguments: list[str], default: Config) -> Config:
         raise
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
     """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
     config = parse(arguments, Config())
@@ -1968,17 +1982,17 @@ def parse_config(arguments: list[str]) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))

@@ -266,7 +266,7 @@ class Learner(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- equations
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...]) -> np.ndarray:
     """Output of the actor (N, ·), noise of that shape -> actions (N, A); noise 0 gives the most likely ones.
 
@@ -348,7 +348,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean_over_processes(((x - mean) ** 2).mean())
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def annealed_learning_rate(iteration: int, config: Config) -> float:
     """From --learning-rate at the first update to --final-learning-rate one update after the last."""
     progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
@@ -493,7 +493,7 @@ def collect_rollout(
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Result(NamedTuple):
     learner: Learner
     evaluation_returns: list[float]  # of each episode
@@ -535,7 +535,7 @@ def train(config: Config) -> Result:
     return Result(learner, returns, run.directory)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
 def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
     """All that a checkpoint keeps as arrays"""
     return to_numpy(learner) | envs.to_numpy()
@@ -691,7 +691,7 @@ def share_statistics(envs: "Environments") -> None:
 # ---------------------------------------------------------------------------------------------------- environments
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 class Environments:
     """N environments that reset in the very step that ends an episode; normalises, clips and adds up returns."""
 
@@ -723,7 +723,7 @@ class Environments:
         self.lives, self.episodes = info["lives"] if self.is_atari else None, []
         self.observations = self.normalize(observations)
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def close(self) -> None:
         try:
             self.vector.close()
@@ -786,7 +786,7 @@ class Environments:
     def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
         self.statistics = {name: arrays[name] for name in self.statistics}
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -846,7 +846,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
     return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
@@ -855,7 +855,7 @@ def quieten_mujoco(env_id: str) -> None:
         importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """SIGINT and SIGTERM take effect at the end."""
@@ -871,7 +871,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     """Whether processes save more than the 40 µs an environment that talking to them costs."""
     with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
@@ -881,7 +881,7 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     """(choices of each discrete dimension, none for a Box), A"""
     if isinstance(space, spaces.Discrete):
@@ -893,7 +893,7 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
     raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
     if isinstance(space, spaces.Discrete):
@@ -903,7 +903,7 @@ def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     return actions.reshape(-1, *space.shape).clip(space.low, space.high)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
@@ -945,7 +945,7 @@ SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms cos
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Stopwatch:
     """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
     with a slash is part of another."""
@@ -980,7 +980,7 @@ class Stopwatch:
         return seconds
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
@@ -1281,7 +1281,7 @@ class Follower(SharedRun):
         return []
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.search(r"model name\s*: (.*)", info)
@@ -1291,7 +1291,7 @@ def cpu_name() -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -1308,7 +1308,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
         raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1321,7 +1321,7 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
         raise BadInput(f"cannot use {path}: {one_line(error)}") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -1329,12 +1329,12 @@ def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def has_checkpoint(config: Config) -> bool:
     return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
@@ -1364,7 +1364,7 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
     return from_numpy(learner, arrays)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
@@ -1389,12 +1389,12 @@ def open_directory(config: Config) -> tuple[Path, str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class BadInput(Exception):
     """The run cannot begin; the message says what would be right."""
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
     """A number is not finite, or a file cannot be written."""
 
@@ -1412,7 +1412,7 @@ def validate(config: Config) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checked_fields(config: Config) -> Config:
     try:
         config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
@@ -1425,7 +1425,7 @@ def checked_fields(config: Config) -> Config:
     raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse(arguments: list[str], default: Config) -> Config:
     """The command line as tyro reads it, its boxed complaints as one line."""
     complaints = io.StringIO()
@@ -1438,7 +1438,7 @@ def parse(arguments: list[str], default: Config) -> Config:
         raise
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
     """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
     config = parse(arguments, Config())
@@ -1459,17 +1459,17 @@ def parse_config(arguments: list[str]) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))

@@ -416,7 +416,7 @@ def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Result(NamedTuple):
     learner: Learner
     evaluation_returns: list[float]  # of each episode
@@ -477,7 +477,7 @@ def state(learner: Learner, buffer: "ReplayBuffer") -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------- jax
 
 
-# twin: ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
 def set_up_jax(config: Config) -> None:
     """Raises BadInput for a device that is not there."""
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # handing 20 µs of work to a thread costs 20 µs more
@@ -501,7 +501,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     return Learner(actor, critics, *copied((actor, critics)), Optimizers(adam.init(actor), adam.init(critics)))
 
 
-# twin: ppo_jax td3_jax sac_jax mpo_jax
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
 def device_name(learner: Learner) -> str:
     (device,) = jax.tree.leaves(learner)[0].devices()
     return device.platform if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
@@ -737,7 +737,7 @@ class Environments:
         self.observations, self.episodes = observations.astype(np.float32), []
         check_finite(self.config.env_id, observation=self.observations)
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def close(self) -> None:
         try:
             self.vector.close()
@@ -764,7 +764,7 @@ class Environments:
     def for_evaluation(self) -> "Environments":
         return Environments(self.config, self.config.eval_episodes, is_evaluation=True)
 
-    # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -820,7 +820,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: 
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @cache
 def quieten_mujoco(env_id: str) -> None:
     """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
@@ -829,7 +829,7 @@ def quieten_mujoco(env_id: str) -> None:
         importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """SIGINT and SIGTERM take effect at the end."""
@@ -845,7 +845,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
     """Whether processes save more than the 40 µs an environment that talking to them costs."""
     with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
@@ -862,7 +862,7 @@ def environment_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
     return scaled.clip(space.low, space.high).astype(space.dtype)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
@@ -904,7 +904,7 @@ SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms cos
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Stopwatch:
     """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
     with a slash is part of another."""
@@ -939,7 +939,7 @@ class Stopwatch:
         return seconds
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class Run:
     """A run's directory, W&B record, progress bar, checkpoints and signals."""
 
@@ -1164,7 +1164,7 @@ class Run:
         return returns
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.search(r"model name\s*: (.*)", info)
@@ -1174,7 +1174,7 @@ def cpu_name() -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -1191,7 +1191,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> No
         raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -1204,7 +1204,7 @@ def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
         raise BadInput(f"cannot use {path}: {one_line(error)}") from error
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
@@ -1212,12 +1212,12 @@ def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     return digest.hexdigest()
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def has_checkpoint(config: Config) -> bool:
     return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
@@ -1245,7 +1245,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     return from_numpy(learner, arrays)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
@@ -1270,12 +1270,12 @@ def open_directory(config: Config) -> tuple[Path, str]:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class BadInput(Exception):
     """The run cannot begin; the message says what would be right."""
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
     """A number is not finite, or a file cannot be written."""
 
@@ -1297,7 +1297,7 @@ def validate(config: Config) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def checked_fields(config: Config) -> Config:
     try:
         config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
@@ -1310,7 +1310,7 @@ def checked_fields(config: Config) -> Config:
     raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse(arguments: list[str], default: Config) -> Config:
     """The command line as tyro reads it, its boxed complaints as one line."""
     complaints = io.StringIO()
@@ -1323,7 +1323,7 @@ def parse(arguments: list[str], default: Config) -> Config:
         raise
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
     """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
     config = parse(arguments, Config())
@@ -1344,17 +1344,17 @@ def parse_config(arguments: list[str]) -> Config:
     return config
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-# twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))

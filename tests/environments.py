@@ -291,3 +291,28 @@ class Bandit(gym.Env):
 
 for environment in (Bandit, Counter, Echo, Nested, Picture, Sleeper):
     gym.register(f"{environment.__name__}-v0", environment, disable_env_checker=True)
+
+
+class Signal(gym.Env):
+    """A corridor of `delay` steps behind a signal that only the first observation holds: (signal, 0), then (0, 1 in the
+    last step). The reward of the last action is 1 where it repeats the signal, and -1 where not; no memory earns 0."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, delay: int = 4, render_mode: str | None = None):
+        self.delay, self.render_mode = delay, render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.signal, self.steps = int(self.np_random.integers(2)), 0
+        return np.array([2 * self.signal - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        is_over = self.steps > self.delay
+        reward = float(2 * (action == self.signal) - 1) if is_over else 0.0
+        return np.array([0, self.steps == self.delay], np.float32), reward, is_over, False, {}
+
+
+gym.register("Signal-v0", Signal, disable_env_checker=True)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import ppo_jax
+import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
 import vpg_torch
@@ -207,15 +208,17 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(reader, models, tmp_pa
 
 
 MAY_DIFFER = {"device", "compile", "num_threads", "num_seeds", "exp_name"}
+OF_MEMORY = {"lstm_size", "lstm_layers", "sequence_length", "burn_in", "mask_velocity"}
+OF_MEMORY |= {"recompute_hidden", "recompute_advantages"}
 
 
-@pytest.mark.parametrize("module", OTHERS, ids=name)
+@pytest.mark.parametrize("module", [*OTHERS, ppo_lstm_jax], ids=name)
 def test_flags_and_defaults(module):
     def flags(one: ModuleType) -> dict:
         return {
             field.name: (str(field.type), field.default)
             for field in dataclasses.fields(one.Config)
-            if field.name not in MAY_DIFFER
+            if field.name not in MAY_DIFFER | (OF_MEMORY if one is ppo_lstm_jax else set())
         }
 
     assert list(flags(module).items()) == list(flags(ppo_torch).items())
@@ -231,7 +234,7 @@ def outline(module: ModuleType) -> list[str]:
     return [text for _, text in sorted(found + headings)]
 
 
-@pytest.mark.parametrize("module", OTHERS, ids=name)
+@pytest.mark.parametrize("module", [*OTHERS, ppo_lstm_jax], ids=name)
 def test_same_functions_in_the_same_order(module):
     """What one framework alone needs is left out; all that both have stands in the same order."""
     ours, theirs = outline(module), outline(ppo_torch)

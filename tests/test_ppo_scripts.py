@@ -1,7 +1,7 @@
 """What every PPO script promises of its clock, record, resumption and training, checked in each backend.
 
-The plumbing is the same text in all three (tests/test_twins.py) and is tested at length with ppo_torch.py; here is what
-depends on how a framework computes: fences, compilation, saved state, random numbers.
+The plumbing is the same text in all of them (tests/test_twins.py) and is tested at length with ppo_torch.py; here is
+what depends on how a framework computes: fences, compilation, saved state, random numbers.
 """
 
 import contextlib
@@ -16,25 +16,37 @@ import pytest
 from imageio.v3 import imiter
 
 import ppo_jax
+import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
 from tests.backends import unfinished_zero
 from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
 from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, assert_resumes_to_the_bit
 
-OTHERS = [ppo_mlx, ppo_jax]
+OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
 each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
 each = pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=lambda module: module.__name__)
 SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync", "learning_rate": 1e-3}
+OF_MEMORY = {"sequence_length": 8}
+
+
+def configured(module: ModuleType, **flags):
+    return module.Config(**(OF_MEMORY if module is ppo_lstm_jax else {}) | flags)
 
 
 def known(module: ModuleType, name: str, kwargs: dict | None = None, **flags):
-    return module.Config(env_id=f"tests.environments:{name}-v0", env_kwargs=json.dumps(kwargs or {}), **SMALL | flags)
+    flags = {"env_id": f"tests.environments:{name}-v0", "env_kwargs": json.dumps(kwargs or {})} | SMALL | flags
+    return configured(module, **flags)
+
+
+def collect(module: ModuleType, agent, envs, config, rng: np.random.Generator, timed):
+    carry = [agent.first_carry(config.num_envs)] if module is ppo_lstm_jax else []
+    return module.collect_rollout(agent, *carry, envs, config, rng, timed)
 
 
 def model_after(module: ModuleType, directory: Path, **flags) -> dict[str, np.ndarray]:
     flags = {"total_timesteps": 3 * 64, "eval_episodes": 0, "wandb_mode": "disabled", **SMALL} | flags
-    module.train(module.Config(run_dir=str(directory), **flags))
+    module.train(configured(module, run_dir=str(directory), **flags))
     return module.load_arrays(directory / "model.safetensors")[0]
 
 
@@ -61,7 +73,7 @@ def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: in
 
             stopwatch.compiled[function] = repeated
         for _ in range(number + 1):
-            rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+            rollout = collect(module, learner.agent, envs, config, rng, stopwatch.timed)
             learner, _, _ = module.update(learner, rollout, config, rng, stopwatch.timed)
             found.append(stopwatch.lap())
     return found[1:]
@@ -119,7 +131,7 @@ def test_a_phase_ends_when_its_result_is_there(module):
             return gradient + unfinished_zero(module), losses, log_ratio
 
         stopwatch.compiled[module.loss_and_gradient] = slow
-        rollout = module.collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+        rollout = collect(module, learner.agent, envs, config, rng, stopwatch.timed)
         stopwatch.lap()
         module.update(learner, rollout, config, rng, stopwatch.timed)
         lap = stopwatch.lap()
@@ -179,15 +191,20 @@ def test_a_seed_decides_everything(module, tmp_path):
 FLAGS = ["--num-envs", "2", "--num-steps", "16", "--eval-episodes", "1", "--vectorization", "sync", "--norm-obs"]
 
 
+def flags_of(module: ModuleType) -> list[str]:
+    memory = ["--sequence-length", "4", "--burn-in", "2", "--recompute-hidden", "--mask-velocity"]
+    return FLAGS + (memory if module is ppo_lstm_jax else [])
+
+
 @each_other
 def test_killed_and_resumed(module, tmp_path):
-    flags = [*FLAGS, "--total-timesteps", "1600", "--checkpoint-interval", "160"]
+    flags = [*flags_of(module), "--total-timesteps", "1600", "--checkpoint-interval", "160"]
     assert_resumes_to_the_bit(ROOT / f"{module.__name__}.py", tmp_path, *flags)
 
 
 @each_other
 def test_a_signal_ends_the_run_and_leaves_a_checkpoint(module, tmp_path):
-    assert_a_signal_leaves_a_checkpoint(ROOT / f"{module.__name__}.py", tmp_path, *FLAGS)
+    assert_a_signal_leaves_a_checkpoint(ROOT / f"{module.__name__}.py", tmp_path, *flags_of(module))
 
 
 # ------------------------------------------------------------------------------------------------------------- training

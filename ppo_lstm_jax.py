@@ -1,0 +1,1598 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "jax==0.10.2",
+#     "flax==0.12.8",
+#     "optax==0.2.8",
+#     "gymnasium[box2d,classic-control,mujoco,other]==1.3.0",
+#     "mujoco==3.17.0",
+#     "numpy==2.4.6",
+#     "pydantic==2.14.3",
+#     "safetensors==0.8.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+# ]
+# ///
+"""Recurrent proximal policy optimisation (PPO with an LSTM) in JAX, in one file.
+
+    python ppo_lstm_jax.py --env-id CartPole-v1 --mask-velocity
+
+Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
+Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
+memory from Hochreiter & Schmidhuber, "Long Short-Term Memory", Neural Computation 1997 (LSTM); burn-in from Kapturowski
+et al., "Recurrent Experience Replay in Distributed Reinforcement Learning", ICLR 2019 (R2D2); details from Huang et
+al., "The 37 Implementation Details of Proximal Policy Optimization", ICLR blog track 2022.
+
+    initialise policy π and value function V, each with an LSTM; its carry h is zero where an episode begins
+    repeat
+        anneal the learning rate
+        act with π(·|s, h) for T steps in N environments, from the carry that the rollout before left
+        unroll π and V over the rollout: log-probabilities, values, the carry before every step
+        compute advantages Â with GAE(λ) from V, and returns R = Â + V
+        cut the rollout into sequences of S steps
+        repeat K epochs, for M minibatches of these sequences
+            take the carry stored before a sequence's burn-in through the burn-in, without a gradient
+            unroll π and V from there, with a gradient, h = 0 wherever an episode begins
+            minimise  -min(r Â, clip(r, 1-ε, 1+ε) Â) + c₁ (V - R)² / 2 - c₂ entropy(π),   r = π(a|s, h) / π_old(a|s, h)
+            where asked for, compute carries or advantages anew with the new weights, before the next epoch
+
+Shapes: T steps, N environments, S steps of a sequence, W steps of burn-in before it, B sequences of a minibatch, *O the
+shape of one observation, A dimensions of an action, H units of an LSTM's layer, *C the shape of a carry: (actor or
+critic, layer, output or cell, H). Time comes first. Actions always have the last axis A, also for Discrete (A = 1). The
+rollout keeps a continuous action as it was sampled; `environment_actions` clips it to its bounds for the environment
+alone.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import timeit
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from functools import cache, partial, reduce
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pydantic
+import safetensors.numpy
+import tyro
+import wandb
+from flax import linen as nn
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.utils import update_mean_var_count_from_moments
+from jax import Array as Tensor
+from jax.flatten_util import ravel_pytree
+from pydantic import Field
+from tqdm import tqdm
+
+FRAMEWORK = "jax"
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
+    env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
+    learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
+    final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
+    anneal_lr: bool = True  # go linearly from --learning-rate to --final-learning-rate
+    num_envs: Count = 4  # N, environments that step together
+    num_steps: Count = 128  # T, steps of each environment between two updates
+    gamma: Fraction = 0.99  # discount factor γ
+    gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
+    num_minibatches: Count = 4  # M, minibatches of an epoch
+    update_epochs: Count = 4  # K, passes over a rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: Positive = 0.2  # ε: the probability ratio gains nothing beyond 1 ± ε
+    clip_vloss: bool = True  # limit the value's change by --clip-coef too
+    ent_coef: NonNegative = 0.01  # c₂, weight of the entropy bonus
+    vf_coef: NonNegative = 0.5  # c₁, weight of the value loss
+    max_grad_norm: Positive = 0.5  # largest global norm of the gradient
+    target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
+    adam_eps: Positive = 1e-5  # Adam's ε
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers before the LSTM, for vector observations
+    lstm_size: Count = 64  # H, units of each layer of an LSTM
+    lstm_layers: Count = 1  # layers of an LSTM; actor and critic have one each
+    sequence_length: Count = 32  # S, steps that a gradient goes back through; divides --num-steps
+    burn_in: Steps = 0  # W, steps before a sequence that bring its carry up to date, without a gradient
+    recompute_hidden: bool = False  # compute the stored carries anew before each epoch but the first
+    recompute_advantages: bool = False  # compute values, advantages and returns anew before each epoch but the first
+    mask_velocity: bool = False  # hide the velocities of CartPole, Pendulum, Acrobot, ...; they are observed as zeros
+    norm_obs: bool = False  # normalise vector observations by their running mean and variance
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
+    episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
+    vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
+    timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
+    eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
+    eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
+    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
+    capture_video: bool = False  # film the first episode of every evaluation
+    save_model: bool = True  # write model.safetensors at the end
+    load_model: str | None = None  # start from this model.safetensors: weights and normalisation statistics
+    resume: str | None = None  # go on with the run in this directory; needs no other flag
+    run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
+    exp_name: str = "ppo_lstm_jax"  # <script> in the name of the run
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_entity: str | None = None  # W&B user or team
+    wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_sequences(self) -> int:
+        return self.batch_size // self.sequence_length
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Fields of a batch that each epoch but the first computes anew"""
+        carries, advantages = ("carries",), ("values", "advantages", "returns")
+        return carries * self.recompute_hidden + advantages * self.recompute_advantages
+
+    @property
+    def iteration_steps(self) -> int:
+        return self.batch_size
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.iteration_steps
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+class Agent(struct.PyTreeNode):
+    """Policy and value function: two networks with an LSTM each, on a shared CNN for images.
+
+    The actor gives the logits of all discrete choices side by side, or the mean of a Gaussian whose standard deviation
+    exp(log_std) does not depend on the state (log_std is None for discrete actions).
+    """
+
+    weights: Tensor  # of all networks in one vector: a call costs by the array
+    to_params: Callable[[Tensor], dict] = struct.field(pytree_node=False)
+    nvec: tuple[int, ...] = struct.field(pytree_node=False)  # choices of each discrete dimension; () for continuous
+    encoder: nn.Module | None = struct.field(pytree_node=False)
+    actor: nn.Module = struct.field(pytree_node=False)
+    critic: nn.Module = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
+        is_image = len(observation_shape) == 3
+        sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
+        encoder = NatureCNN() if is_image else None
+        network = partial(RecurrentNetwork, sizes, config.lstm_size, config.lstm_layers)
+        actor, critic = network(outputs=sum(nvec) or action_dim, gain=0.01), network(outputs=1, gain=1.0)
+        step = (1, 1, *features), (1, config.lstm_layers, 2, config.lstm_size), (1, 1)  # x, carry, starts
+        inputs = {"encoder": (encoder, [(1, *observation_shape)]), "actor": (actor, step), "critic": (critic, step)}
+        params = {} if nvec else {"log_std": jnp.zeros(action_dim, jnp.float32)}
+        keys = jax.random.split(jax.random.key(config.seed), len(inputs))
+        for key, (name, (network, shapes)) in zip(keys, inputs.items(), strict=True):
+            if network:
+                params[name] = jax.jit(network.init)(key, *map(jnp.zeros, shapes))["params"]
+        return cls(*ravel_pytree(params), nvec, encoder, actor, critic)
+
+    @property
+    def params(self) -> dict:
+        """Of encoder, actor and critic under these names, and log_std"""
+        return self.to_params(self.weights)
+
+    @property
+    @jax.jit
+    def log_std(self) -> Tensor | None:
+        return self.params.get("log_std")
+
+    def first_carry(self, num_envs: int) -> Tensor:
+        """(N, *C), of episodes that begin"""
+        return jnp.zeros((num_envs, 2, self.actor.lstm_layers, 2, self.actor.lstm_size), self.weights.dtype)
+
+    def __call__(self, observations: Tensor, carry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(S, B, *O), (B, *C), (S, B) -> logits (S, B, sum(nvec)) or means (S, B, A), values (S, B), carries after each
+        step (S, B, *C). Where `starts`, an observation begins an episode, and the carry before it does not count."""
+        features = self.encode(observations)
+        policy, actor_carries = self.apply("actor", features, carry[:, 0], starts)
+        values, critic_carries = self.apply("critic", features, carry[:, 1], starts)
+        return policy, values.squeeze(-1), jnp.stack([actor_carries, critic_carries], 2)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(S, B, *O) -> (S, B, F)"""
+        if not self.encoder:
+            return x
+        return self.apply("encoder", flatten(x).astype(self.weights.dtype)).reshape(*x.shape[:2], -1)
+
+    def apply(self, network: str, *arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return getattr(self, network).apply({"params": self.params[network]}, *arguments)
+
+    @jax.jit
+    def policy(self, observations: np.ndarray, starts: np.ndarray, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the actor alone: (N, *O), (N,), its carry (N, layers, 2, H) -> (N, ·), carry after it"""
+        output, carries = self.apply("actor", self.encode(observations[None]), carry, starts[None])
+        return output[0], carries[0]
+
+
+class RecurrentNetwork(nn.Module):
+    """Tanh layers of these sizes, an LSTM, and a linear layer whose initial weights have this gain.
+
+    The LSTM has a forget gate (Gers et al. 2000, "Learning to Forget"), whose bias is 1 at first: a cell begins with
+    keeping what it holds. Names and order of the gates are torch's:
+    i, f, g, o = W_ih x + W_hh h + b,   c' = σ(f) c + σ(i) tanh(g),   h' = σ(o) tanh(c').
+    """
+
+    sizes: tuple[int, ...]
+    lstm_size: int
+    lstm_layers: int
+    outputs: int
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: Tensor, carry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, B, F), (B, layers, 2, H), (S, B) -> (S, B, outputs), carries after each step (S, B, layers, 2, H)"""
+        for i, size in enumerate(self.sizes):
+            x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
+        orthogonal, size = nn.initializers.orthogonal(), 4 * self.lstm_size
+        keep, carries = 1 - starts.astype(carry.dtype)[..., None], []
+        for layer in range(self.lstm_layers):
+            w_ih = self.param(f"lstm.kernel_ih_l{layer}", orthogonal, (x.shape[-1], size))
+            w_hh = self.param(f"lstm.kernel_hh_l{layer}", orthogonal, (self.lstm_size, size))
+            b = self.param(f"lstm.bias_ih_l{layer}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
+
+            def step(state: tuple, inputs: tuple, w_hh: Tensor = w_hh) -> tuple:
+                (h, c), (gates, keep) = state, inputs
+                i, f, g, o = jnp.split(gates + keep * h @ w_hh, 4, -1)
+                c = nn.sigmoid(f) * keep * c + nn.sigmoid(i) * nn.tanh(g)
+                h = nn.sigmoid(o) * nn.tanh(c)
+                return (h, c), (h, c)
+
+            # x @ w_ih is one product for all steps, (S, B, 4H)
+            _, (x, cells) = jax.lax.scan(step, (carry[:, layer, 0], carry[:, layer, 1]), (x @ w_ih + b, keep))
+            carries.append(jnp.stack([x, cells], 2))
+        return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), jnp.stack(carries, 2)
+
+
+class NatureCNN(nn.Module):
+    """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
+
+    @nn.compact
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.transpose(0, 2, 3, 1) / 255
+        for i, (channels, side, stride) in enumerate([(32, 8, 4), (64, 4, 2), (64, 3, 1)]):
+            layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
+            x = nn.relu(layer(x))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
+        return nn.relu(initialised(nn.Dense)(512, name="7")(x))
+
+
+# twin: ppo_jax ppo_lstm_jax
+def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> Callable[..., nn.Module]:
+    """Orthogonal weights (Saxe et al. 2014) times a gain, biases zero."""
+    return partial(layer, kernel_init=nn.initializers.orthogonal(gain), bias_init=nn.initializers.zeros)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+class Rollout(NamedTuple):
+    """What the environments gave, on the host, and the carry that acting began with."""
+
+    observations: np.ndarray  # (T + 1, N, *O); the last row begins the next rollout
+    actions: np.ndarray  # (T, N, A)
+    rewards: np.ndarray  # (T, N)
+    terminated: np.ndarray  # (T, N)
+    truncated: np.ndarray  # (T, N), without those that terminated in the same step
+    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order
+    carry: Tensor  # (N, *C), on the device
+
+
+class Batch(NamedTuple):
+    """A whole rollout on the device."""
+
+    observations: Tensor  # (T, N, *O)
+    starts: Tensor  # (T, N), 1 where an observation begins an episode, and is not the rollout's first
+    carries: Tensor  # (T + 1, N, *C), before each step, zero where an episode begins; the last begins the next rollout
+    actions: Tensor  # (T, N, A)
+    log_probs: Tensor  # (T, N), of the policy that acted
+    values: Tensor  # (T, N), before the update, or the epoch where --recompute-advantages
+    advantages: Tensor  # (T, N)
+    returns: Tensor  # (T, N)
+
+
+class Minibatch(NamedTuple):
+    """Sequences of S steps, and the steps of burn-in before them: W, of which the first `burn_in` are real."""
+
+    observations: Tensor  # (W + S, B, *O)
+    starts: Tensor  # (W + S, B)
+    carry: Tensor  # (B, *C), before the burn-in
+    burn_in: Tensor  # (B,), W, or as many steps as the rollout has before the sequence
+    actions: Tensor  # (S, B, A)
+    log_probs: Tensor  # (S, B), like all below
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+# twin: ppo_jax ppo_lstm_jax
+class Learner(NamedTuple):
+    """What an update changes."""
+
+    agent: Agent
+    optimizer: optax.OptState  # moments in the order of `agent.weights`
+    learning_rate: Tensor  # (), an array, so that a new rate compiles nothing
+
+
+# ------------------------------------------------------------------------------------------------------- equations
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...]) -> np.ndarray:
+    """Output of the actor (N, ·), noise of that shape -> actions (N, A); noise 0 gives the most likely ones.
+
+    Continuous: mean + noise, which is std · standard Gaussian. Discrete: argmax(logits + Gumbel noise), which is a draw
+    from softmax(logits) (Maddison et al. 2014, "A* Sampling", §2).
+    """
+    if not nvec:
+        return policy + noise
+    perturbed = policy + noise
+    actions = np.empty((len(perturbed), len(nvec)), np.int64)
+    for i, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(nvec, initial=0))):
+        perturbed[:, start:end].argmax(-1, out=actions[:, i])
+    return actions
+
+
+# twin: ppo_jax ppo_lstm_jax
+def log_probs_and_entropies(
+    policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """log π(a|s) and entropy of π(·|s), (B,) each, summed over the independent action dimensions."""
+    if not nvec:
+        log_probs = -0.5 * ((actions - policy) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        entropies = jnp.broadcast_to(log_std + 0.5 * math.log(2 * math.pi * math.e), log_probs.shape)
+        return log_probs.sum(-1), entropies.sum(-1)
+    logits = jnp.split(policy, np.cumsum(nvec)[:-1], -1)
+    parts = [nn.log_softmax(part) for part in logits]
+    choices = jnp.split(actions, len(nvec), -1)
+    log_probs = [jnp.take_along_axis(part, action, -1).squeeze(-1) for part, action in zip(parts, choices, strict=True)]
+    entropies = [-(jnp.exp(part) * part).sum(-1) for part in parts]
+    return reduce(jnp.add, log_probs), reduce(jnp.add, entropies)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Advantages by GAE eq. 16, everything (T, N): δ_t = r_t + γ V(s'_t) - V(s_t), Â_t = δ_t + γλ Â_{t+1}.
+
+    s'_t is the true next observation. Only termination cuts V(s'_t); any end of an episode (`done`) cuts Â_{t+1}.
+    """
+    deltas = rewards + gamma * next_values * (1 - terminated) - values
+    decays = gamma * lam * (1 - done)
+
+    def step(advantage: Tensor, delta_and_decay: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        delta, decay = delta_and_decay
+        advantage = delta + decay * advantage
+        return advantage, advantage
+
+    return jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, decays), reverse=True)[1]
+
+
+# twin: ppo_jax ppo_lstm_jax
+def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
+    ratio = jnp.exp(log_ratio)
+    return -jnp.minimum(ratio * advantages, ratio.clip(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+# twin: ppo_jax ppo_lstm_jax
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
+    squared_errors = (values - returns) ** 2
+    if clip_coef is not None:
+        clipped_values = old_values + (values - old_values).clip(-clip_coef, clip_coef)
+        squared_errors = jnp.maximum(squared_errors, (clipped_values - returns) ** 2)
+    return 0.5 * squared_errors.mean()
+
+
+# twin: ppo_jax ppo_lstm_jax
+def kl_and_clip_fraction(log_ratio: Tensor, clip_coef: float) -> dict[str, Tensor]:
+    """KL(π_old ‖ π) by estimators k3 and k1 (Schulman 2020, "Approximating KL Divergence"); clipped fraction."""
+    ratio = jnp.exp(log_ratio)
+    is_clipped = (jnp.abs(ratio - 1) > clip_coef).astype(ratio.dtype)
+    k1, k3 = -log_ratio, ratio - 1 - log_ratio
+    return {"approx_kl": k3.mean(), "old_approx_kl": k1.mean(), "clipfrac": is_clipped.mean()}
+
+
+# twin: ppo_mlx ppo_jax ppo_lstm_jax
+def explained_variance(batch: Batch) -> Tensor:
+    """Of the returns by the values: 1 - Var(R - V) / Var(R), with R - V = Â"""
+    return 1 - batch.advantages.var() / batch.returns.var()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def annealed_learning_rate(iteration: int, config: Config) -> float:
+    """From --learning-rate at the first update to --final-learning-rate one update after the last."""
+    progress = (iteration - 1) / config.num_iterations if config.anneal_lr else 0.0
+    return (1 - progress) * config.learning_rate + progress * config.final_learning_rate
+
+
+# ---------------------------------------------------------------------------------------------------------- update
+
+
+def forward(agent: Agent, minibatch: Minibatch, config: Config) -> tuple[Tensor, Tensor]:
+    """The actor's output (S, B, ·) and values (S, B) of the sequences, unrolled from where the burn-in leads (R2D2)."""
+    observations, starts, carry, burn_in = minibatch[:4]
+    if config.burn_in:
+        _, _, carries = agent(observations[: config.burn_in], carry, starts[: config.burn_in])
+        carries = jnp.concatenate([carry[None], carries])  # (W + 1, B, *C), after 0 to W steps
+        carry = jax.lax.stop_gradient(carries[burn_in, jnp.arange(len(burn_in))])
+    return agent(observations[config.burn_in :], carry, starts[config.burn_in :])[:2]
+
+
+def loss_and_gradient(agent: Agent, minibatch: Minibatch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """PPO eq. 9 -> its gradient as a vector of all weights, the three losses, log-ratio (S, B)"""
+
+    def loss_of(agent: Agent) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+        policy, values = forward(agent, minibatch, config)
+        log_probs, entropies = log_probs_and_entropies(policy, agent.log_std, minibatch.actions, agent.nvec)
+        log_ratio, value_clip = log_probs - minibatch.log_probs, config.clip_coef if config.clip_vloss else None
+        losses = {
+            "policy_loss": policy_loss(log_ratio, minibatch.advantages, config.clip_coef),
+            "value_loss": value_loss(values, minibatch.values, minibatch.returns, value_clip),
+            "entropy": entropies.mean(),
+        }
+        loss = losses["policy_loss"] + config.vf_coef * losses["value_loss"] - config.ent_coef * losses["entropy"]
+        return loss, (losses, log_ratio)
+
+    gradient, (losses, log_ratio) = jax.grad(loss_of, has_aux=True)(agent)
+    return gradient.weights, losses, log_ratio
+
+
+# twin: ppo_jax ppo_lstm_jax
+def apply_gradient(learner: Learner, gradient: Tensor, config: Config) -> tuple[Learner, Tensor]:
+    """Scales the gradient by min(1, max_grad_norm / (norm + 1e-6)); one step of Adam -> learner, norm before"""
+    norm = jnp.linalg.norm(gradient)
+    gradient *= (config.max_grad_norm / (norm + 1e-6)).clip(max=1)
+    adam = optax.adam(learner.learning_rate, eps=config.adam_eps)
+    changes, optimizer = adam.update(gradient, learner.optimizer)
+    agent = learner.agent.replace(weights=learner.agent.weights + changes)
+    return learner._replace(agent=agent, optimizer=optimizer), norm
+
+
+def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
+    """Log-probabilities, values and carries of the whole rollout in one unroll, then advantages and returns."""
+    observations, actions, rewards, terminated, truncated, final_observations, carry = to_tensors(agent, *rollout)
+    done = terminated + truncated
+    starts = jnp.concatenate([jnp.zeros_like(done[:1]), done])  # (T + 1, N); the first carry is zero where it must be
+    policy, values, carries_after = agent(observations, carry, starts)
+    next_values = values[1:]
+    if len(final_observations):
+        rows = jnp.cumsum(truncated > 0) - 1  # of the final observations; what follows no truncation is not used
+        step = final_observations[rows][None], flatten(carries_after[:-1]), jnp.zeros((1, rows.size))
+        next_values = jnp.where(truncated > 0, agent(*step)[1].reshape(truncated.shape), next_values)
+    advantages = gae(rewards, values[:-1], next_values, terminated, done, config.gamma, config.gae_lambda)
+    log_probs, _ = log_probs_and_entropies(policy[:-1], agent.log_std, actions, agent.nvec)
+    carries = jnp.concatenate([carry[None], carries_after[:-1]]) * (1 - starts)[..., None, None, None, None]
+    samples = actions, log_probs, values[:-1], advantages, advantages + values[:-1]
+    return Batch(observations[:-1], starts[:-1], carries, *samples)
+
+
+def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Minibatch]:
+    """One epoch: each sequence once, in the order given; advantages are normalised within each minibatch."""
+    row, column = jnp.divmod(permutation.reshape(config.num_minibatches, 1, -1), config.num_envs)  # (M, 1, B)
+    first = row * config.sequence_length
+    begin = jnp.maximum(first - config.burn_in, 0)
+    steps = first + jnp.arange(config.sequence_length)[:, None]  # (M, S, B)
+    all_steps = jnp.concatenate([begin + jnp.arange(config.burn_in)[:, None], steps], 1)  # (M, W + S, B)
+    seen = (field[all_steps, column] for field in (batch.observations, batch.starts))
+    carry, burn_in = batch.carries[begin[:, 0], column[:, 0]], (first - begin)[:, 0]
+    actions, log_probs, values, advantages, returns = (field[steps, column] for field in batch[3:])
+    if config.norm_adv:
+        deviations = advantages - advantages.mean((1, 2), keepdims=True)
+        advantages = deviations / (advantages.std((1, 2), ddof=1, keepdims=True) + 1e-8)
+    return list(map(Minibatch, *seen, carry, burn_in, actions, log_probs, values, advantages, returns))
+
+
+def update_minibatch(learner: Learner, minibatch: Minibatch, config: Config, timed: Callable):
+    """-> learner, losses and norm of the gradient, log-ratio (S, B)"""
+    gradient, losses, log_ratio = timed("loss", loss_and_gradient, learner.agent, minibatch, config)
+    learner, gradient_norm = timed("weight_update", apply_gradient, learner, gradient, config)
+    return learner, losses | {"grad_norm": gradient_norm}, log_ratio
+
+
+def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config: Config, timed: Callable):
+    """-> learner, means over the minibatches of what the record calls losses/…"""
+
+    def step(learner: Learner, minibatch: Minibatch) -> tuple[Learner, tuple[dict[str, Tensor], Tensor]]:
+        learner, losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
+        return learner, (losses, log_ratio)
+
+    parts = timed("shuffle", minibatches, batch, permutation, config)
+    learner, losses, log_ratios = each_minibatch(step, learner, parts)
+    kl = timed("kl", kl_and_clip_fraction, log_ratios, config.clip_coef)
+    return learner, on_host(kl | losses)
+
+
+def update(
+    learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
+) -> tuple[Learner, Batch, dict[str, float]]:
+    """At most K epochs -> learner, the batch before the first, losses/… averaged over all minibatches"""
+    batch = newest = timed("gae", make_batch, learner.agent, rollout, config)
+    epochs: list[dict[str, Tensor]] = []
+    for _ in range(config.update_epochs):
+        if epochs and config.recomputed:
+            recomputed = timed("gae", make_batch, learner.agent, rollout, config)
+            newest = newest._replace(**{name: getattr(recomputed, name) for name in config.recomputed})
+        permutation = rng.permutation(config.num_sequences)
+        learner, metrics = timed(None, update_epoch, learner, newest, permutation, config, timed)
+        epochs.append(metrics)
+        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
+            break
+    metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
+    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
+    return learner, batch, metrics
+
+
+# --------------------------------------------------------------------------------------------------------- rollout
+
+
+# twin: ppo_jax ppo_lstm_jax
+def action_noise(rng: np.random.Generator, shape: tuple[int, ...], agent: Agent) -> np.ndarray:
+    """(*shape, ·) for `sample_actions`"""
+    if agent.nvec:
+        return rng.gumbel(size=(*shape, sum(agent.nvec))).astype(np.float32)
+    std = np.exp(agent.log_std)
+    return std * rng.standard_normal((*shape, len(std)), np.float32)
+
+
+def act(
+    agent: Agent, observations: np.ndarray, starts: np.ndarray, carry: Tensor | None = None, noise: np.ndarray = 0.0
+) -> tuple[np.ndarray, Tensor]:
+    """(N, *O), (N,), (N, layers, 2, H), (N, ·) -> actions (N, A), the actor's carry for the next step; None: the first.
+
+    An environment needs the action alone; `make_batch` computes the rest at once, the critic's carry too.
+    """
+    carry = agent.first_carry(len(observations))[:, 0] if carry is None else carry
+    policy, carry = agent.policy(observations, starts, carry)
+    return sample_actions(np.asarray(policy), noise, agent.nvec), carry
+
+
+def collect_rollout(
+    agent: Agent, carry: Tensor, envs: "Environments", config: Config, rng: np.random.Generator, timed: Callable
+) -> Rollout:
+    """From a carry (N, *C) that is zero where an episode begins"""
+    noise = timed("forward", action_noise, rng, (config.num_steps, config.num_envs), agent)
+    observations = np.empty((config.num_steps + 1, *envs.observations.shape), envs.observations.dtype)
+    rewards = np.empty((config.num_steps, config.num_envs), np.float32)
+    terminated, truncated = np.empty((2, *rewards.shape), bool)
+    actions, final_observations = [], []
+    observations[0], actor_carry, starts = envs.observations, carry[:, 0], np.zeros(config.num_envs, bool)
+    for t in range(config.num_steps):
+        action, actor_carry = timed("forward", act, agent, observations[t], starts, actor_carry, noise[t])
+        observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, action)
+        starts = terminated[t] | truncated[t]
+        actions.append(action)
+        final_observations.extend(ended)
+    final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
+    returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
+    check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
+    return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations, carry)
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+class Result(NamedTuple):
+    learner: Learner
+    evaluation_returns: list[float]  # of each episode
+    run_dir: Path
+
+
+def train(config: Config) -> Result:
+    """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
+    after SIGINT or SIGTERM, once a checkpoint is written."""
+    config = validate(config)
+    if config.capture_video:
+        make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
+    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+        learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
+        if config.load_model and not has_checkpoint(config):
+            learner = load_model(config.load_model, learner, envs)
+        stopwatch = new_stopwatch(learner, config)
+        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+            learner = run.restore(learner, rng, envs)
+            stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
+            carry = learner.agent.first_carry(config.num_envs)
+            for iteration in run.iterations():
+                rate = annealed_learning_rate(iteration, config)
+                learner = with_learning_rate(learner, rate)
+                rollout = collect_rollout(learner.agent, carry, envs, config, rng, stopwatch.timed)
+                if run.is_timed(iteration):
+                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
+                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
+                else:
+                    arguments = learner, rollout, config, rng, stopwatch.fused
+                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                carry = batch.carries[-1]
+                run.check(metrics)
+                if run.is_due(config.eval_interval):
+                    run.evaluate(partial(act, learner.agent))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
+                if run.is_due(config.checkpoint_every):
+                    run.save_checkpoint(partial(state, learner, envs), rng)
+                    stopwatch.timed("checkpoint", envs.restart, run.global_step)
+                    carry = learner.agent.first_carry(config.num_envs)
+            returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
+    return Result(learner, returns, run.directory)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
+def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
+    """All that a checkpoint keeps as arrays"""
+    return to_numpy(learner) | envs.to_numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- jax
+
+
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
+def set_up_jax(config: Config) -> None:
+    """Raises BadInput for a device that is not there."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # handing 20 µs of work to a thread costs 20 µs more
+    jax.config.update("jax_default_matmul_precision", "highest")  # float32 on a GPU, as PyTorch's; JAX would take TF32
+    available = {}
+    for platform_name in ("gpu", "tpu", "cpu"):
+        with contextlib.suppress(RuntimeError):
+            available[platform_name] = jax.devices(platform_name)[0]
+    if config.device not in ("auto", *available):
+        raise BadInput(f"--device {config.device} is not there; this machine has {' and '.join(available)}")
+    jax.config.update("jax_default_device", available.get(config.device))  # None: JAX chooses
+
+
+def new_learner(envs: "Environments", config: Config) -> Learner:
+    set_up_jax(config)
+    agent = Agent.create(envs.observation_shape, envs.nvec, envs.action_dim, config)
+    optimizer = optax.adam(config.learning_rate, eps=config.adam_eps).init(agent.weights)
+    return with_learning_rate(Learner(agent, optimizer, config.learning_rate), config.learning_rate)
+
+
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
+def device_name(learner: Learner) -> str:
+    (device,) = jax.tree.leaves(learner)[0].devices()
+    return device.platform if device.platform == "cpu" else f"{device.platform} ({device.device_kind})"
+
+
+def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
+    whole_batch = jax.jit(make_batch, static_argnames="config")
+    whole_epoch = jax.jit(update_epoch, static_argnames=("config", "timed"))
+
+    def compiled_epoch(*arguments) -> tuple[Learner, dict[str, np.ndarray]]:
+        learner, metrics = whole_epoch(*arguments)
+        return learner, on_host(metrics)
+
+    compiled = {
+        make_batch: lambda agent, rollout, config: whole_batch(agent, padded(rollout), config),
+        update_epoch: compiled_epoch,
+        minibatches: jax.jit(minibatches, static_argnames="config"),
+        loss_and_gradient: jax.jit(loss_and_gradient, static_argnames="config"),
+        apply_gradient: jax.jit(apply_gradient, static_argnames="config"),
+        forward: jax.jit(forward, static_argnames="config"),
+        log_probs_and_entropies: jax.jit(log_probs_and_entropies, static_argnames="nvec"),
+    }
+    others = kl_and_clip_fraction, explained_variance, policy_loss, value_loss
+    return Stopwatch(jax.block_until_ready, compiled | {function: jax.jit(function) for function in others})
+
+
+def with_learning_rate(learner: Learner, rate: float) -> Learner:
+    return learner._replace(learning_rate=np.asarray(rate, learner.agent.weights.dtype))
+
+
+def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
+    """Compiles what is to be compiled, by an update in either form on a rollout of zeros; the weights stay as they are.
+
+    One rollout has no final observation and the other has one: `make_batch` is compiled for both.
+    """
+    if config.eval_episodes:
+        shape = config.eval_episodes, *envs.observation_shape
+        act(learner.agent, np.zeros(shape, envs.observation_dtype), np.zeros(config.eval_episodes, bool))
+    to_numpy(learner)  # or the first checkpoint would compile it
+    if not config.num_iterations:
+        return
+    observations = np.zeros((config.num_steps + 1, config.num_envs, *envs.observation_shape), envs.observation_dtype)
+    action, _ = act(learner.agent, observations[0], np.zeros(config.num_envs, bool))
+    actions = np.array([action] * config.num_steps)
+    rewards, carry = np.zeros(actions.shape[:2], np.float32), learner.agent.first_carry(config.num_envs)
+    rollout = Rollout(observations, actions, rewards, rewards > 0, rewards > 0, observations[0, :0], carry)
+    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), stopwatch.fused)
+    truncated = np.arange(rewards.size).reshape(rewards.shape) == 0
+    rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1], carry=batch.carries[-1])
+    unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
+    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
+    probe_loss(learner.agent, batch, config, unread)
+
+
+def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches."""
+    minibatch = stopwatch.fused(None, minibatches, batch, np.arange(config.num_sequences), config)[0]
+    stopwatch.fused(None, forward, agent, minibatch, config)  # the first call finds cold caches
+    timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
+    policy, values = timed("loss/forward", forward, agent, minibatch, config)
+    arguments = policy, agent.log_std, minibatch.actions, agent.nvec
+    log_probs, _ = stopwatch.fused(None, log_probs_and_entropies, *arguments)
+    timed("loss/policy", policy_loss, log_probs - minibatch.log_probs, minibatch.advantages, config.clip_coef)
+    value_clip = config.clip_coef if config.clip_vloss else None
+    timed("loss/value", value_loss, values, minibatch.values, minibatch.returns, value_clip)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def padded(rollout: Rollout) -> Rollout:
+    """With T · N final observations where there are any: each other number would be compiled anew."""
+    observations = rollout.final_observations
+    if not len(observations):
+        return rollout
+    padding = np.zeros((rollout.rewards.size - len(observations), *observations.shape[1:]), observations.dtype)
+    return rollout._replace(final_observations=np.concatenate([observations, padding]))
+
+
+def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, np.ndarray]:
+    """NumPy's, unless JAX traces: `update` makes floats of them, which takes 10 µs each from JAX's arrays."""
+    return {name: x if isinstance(x, jax.core.Tracer) else np.asarray(x) for name, x in metrics.items()}
+
+
+# twin: ppo_jax ppo_lstm_jax
+def flatten(x: Tensor) -> Tensor:
+    """(T, N, …) -> (T · N, …)"""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def each_minibatch(
+    step: Callable, learner: Learner, parts: list[Minibatch]
+) -> tuple[Learner, dict[str, Tensor], Tensor]:
+    """-> learner, mean losses, log-ratios (M, S, B). jax.lax.scan where JAX traces the whole epoch, and else the same
+    as a loop, whose steps are calls that can be timed."""
+    if isinstance(parts[0].values, jax.core.Tracer):
+        unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
+        learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
+        return learner, *averaged(outputs)
+    outputs = []
+    for part in parts:
+        learner, output = step(learner, part)
+        outputs.append(output)
+    return learner, *averaged(outputs)
+
+
+@jax.jit
+def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, S, B)"""
+    losses, log_ratios = stacked(outputs) if isinstance(outputs, list) else outputs
+    return {name: x.mean() for name, x in losses.items()}, log_ratios
+
+
+# twin: ppo_jax ppo_lstm_jax
+def stacked(trees: list) -> object:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
+    """Floats and booleans take the dtype of the weights, integers keep theirs."""
+    tensors, dtype = [jnp.asarray(array) for array in arrays], agent.weights.dtype
+    return [x.astype(dtype) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x for x in tensors]
+
+
+# twin: ppo_jax ppo_lstm_jax
+def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
+    """What the record has a histogram of, or a picture"""
+    images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
+    return images | {name: np.asarray(getattr(batch, name)) for name in ("actions", "advantages", "values")}
+
+
+def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
+    """Weights by torch's names, in its layouts; Adam's step and moments as optimizer.<which>."""
+    adam, _ = learner.optimizer
+    arrays = {f"optimizer.{name}": np.asarray(value) for name, value in adam._asdict().items()}
+    for path, x in flatten_dict(learner.agent.params).items():
+        order = (-1, -2, *range(x.ndim - 2)) if x.ndim > 1 else (0,)  # (h, w, in, out) or (in, out)
+        arrays[".".join(path).replace("kernel", "weight")] = np.asarray(x).transpose(order).copy()
+    return arrays
+
+
+def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
+    """The inverse of `to_numpy`; without moments the optimizer stays as it is."""
+    params, (adam, rest) = {}, learner.optimizer
+    for path, weight in flatten_dict(learner.agent.params).items():
+        x = arrays[".".join(path).replace("kernel", "weight")]
+        order = (*range(2, x.ndim), 1, 0) if x.ndim > 1 else (0,)
+        params[path] = jnp.array(x.transpose(order), weight.dtype)
+    if "optimizer.count" in arrays:
+        adam = type(adam)(*(jnp.array(arrays[f"optimizer.{name}"]) for name in adam._fields))
+    agent = learner.agent.replace(weights=ravel_pytree(unflatten_dict(params))[0])
+    return learner._replace(agent=agent, optimizer=(adam, rest))
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+VELOCITIES = {
+    "CartPole": (1, 3),
+    "Pendulum": (2,),
+    "MountainCarContinuous": (1,),
+    "Acrobot": (4, 5),
+    "LunarLander": (2, 3, 5),
+    "LunarLanderContinuous": (2, 3, 5),
+}  # dimensions of the observation
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+class Environments:
+    """N environments that reset in the very step that ends an episode; normalises, clips and adds up returns."""
+
+    def __init__(self, config: Config, num_envs: int, is_evaluation: bool = False):
+        self.config, self.num_envs, self.is_evaluation = config, num_envs, is_evaluation
+        self.is_fresh, self.is_atari = True, config.env_id.startswith("ALE/")
+        self.vector = make_vector(config, num_envs, is_evaluation)
+        self.observation_shape = self.vector.single_observation_space.shape
+        self.observation_dtype = np.uint8 if len(self.observation_shape) == 3 else np.float32
+        self.nvec, self.action_dim = action_sizes(self.vector.single_action_space)
+        if config.norm_obs and self.observation_dtype == np.uint8:
+            raise BadInput("--norm-obs is for vector observations; images are divided by 255 in any case")
+        shapes = {"observation": self.observation_shape} if config.norm_obs else {}
+        shapes |= {"return": ()} if config.norm_reward else {}
+        self.statistics: dict[str, np.ndarray] = {}
+        for name, shape in shapes.items():
+            moments = np.zeros(shape), np.ones(shape), np.array(1e-4)
+            self.statistics |= {f"{name}_mean": moments[0], f"{name}_var": moments[1], f"{name}_count": moments[2]}
+
+    def restart(self, *seed: int) -> None:
+        """First episodes in environments made anew, so that the seed alone decides what follows."""
+        if not self.is_fresh:
+            self.close()
+            self.vector = make_vector(self.config, self.num_envs, self.is_evaluation)
+        self.is_fresh = False
+        seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0] >> 1
+        observations, info = self.vector.reset(seed=int(seed))
+        self.returns, self.lengths, self.discounted_returns = np.zeros((3, self.num_envs))
+        self.lives, self.episodes = info["lives"] if self.is_atari else None, []
+        self.observations = self.normalize(observations)
+
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+    def close(self) -> None:
+        try:
+            self.vector.close()
+        except Exception:  # a worker is gone; the others would outlive this process: they do not heed SIGTERM
+            for process in getattr(self.vector, "processes", ()):
+                process.kill()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+        """(N, A) -> observations, rewards, terminated, truncated, true last observations of truncated episodes"""
+        env_actions = environment_actions(actions, self.vector.single_action_space)
+        observations, rewards, terminated, truncated, info = self.vector.step(env_actions)
+        self.returns += rewards
+        self.lengths += 1
+        if self.config.clip_reward:
+            rewards = rewards.clip(-1, 1)
+        if self.config.norm_reward and not self.is_evaluation:
+            rewards = self.normalize_rewards(rewards, terminated | truncated)
+        final_observations = []
+        if "final_obs" in info:
+            game_over = terminated | truncated
+            if self.is_atari:  # after a lost life the game goes on, a new one has as many or more
+                game_over &= truncated | (info["lives"] >= self.lives)
+            self.episodes += [(int(n), float(self.returns[n]), int(self.lengths[n])) for n in np.flatnonzero(game_over)]
+            self.returns[game_over] = self.lengths[game_over] = 0
+            truncated = truncated & ~terminated
+            final_observations = [self.normalize(last, learn=False) for last in info["final_obs"][truncated]]
+        if self.is_atari:
+            self.lives = info["lives"]
+        self.observations = self.normalize(observations)
+        return self.observations, rewards, terminated, truncated, final_observations
+
+    def normalize(self, observations: np.ndarray, learn: bool = True) -> np.ndarray:
+        if self.config.norm_obs:
+            if learn and not self.is_evaluation:
+                self.update_statistics("observation", observations)
+            mean, var = self.statistics["observation_mean"], self.statistics["observation_var"]
+            observations = ((observations - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
+        return observations.astype(self.observation_dtype, copy=False)
+
+    def normalize_rewards(self, rewards: np.ndarray, done: np.ndarray) -> np.ndarray:
+        self.discounted_returns = self.config.gamma * self.discounted_returns + rewards
+        self.update_statistics("return", self.discounted_returns)
+        self.discounted_returns[done] = 0
+        return (rewards / np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
+
+    def update_statistics(self, name: str, samples: np.ndarray) -> None:
+        names = [f"{name}_{moment}" for moment in ("mean", "var", "count")]
+        old, new = (self.statistics[name] for name in names), (samples.mean(0), samples.var(0), len(samples))
+        self.statistics |= zip(names, map(np.asarray, update_mean_var_count_from_moments(*old, *new)), strict=True)
+
+    def for_evaluation(self) -> "Environments":
+        """E fresh ones with these statistics, which they do not change"""
+        envs = Environments(self.config, self.config.eval_episodes, is_evaluation=True)
+        envs.statistics = self.statistics
+        return envs
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        return self.statistics
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        self.statistics = {name: arrays[name] for name in self.statistics}
+
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def frame(self) -> np.ndarray:
+        """Picture of the first environment, (height, width, 3)"""
+        return np.stack([self.observations[0, -1]] * 3, -1) if self.is_atari else self.vector.envs[0].render()
+
+
+def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vector.VectorEnv:
+    is_filmed, mode = is_evaluation and config.capture_video, {"autoreset_mode": AutoresetMode.SAME_STEP}
+    try:
+        kwargs = json.loads(config.env_kwargs)
+        if is_filmed:
+            importlib.import_module("moviepy")  # missed now, not after the training
+        if config.env_id.startswith("ALE/"):  # preprocessed as Mnih et al. 2015; sticky actions if kwargs say so
+            gym.register_envs(importlib.import_module("ale_py"))
+            mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
+            return gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
+        hidden = hidden_velocities(config.env_id) if config.mask_velocity else ()
+        make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs, hidden)
+        is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
+        if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
+            multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
+            with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
+                return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+        vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
+        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
+            raise ValueError("it renders no picture")
+        return vector
+    except Exception as error:
+        is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
+        flags = f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}" + " --capture-video" * is_filmed
+        hint = "; pip install -r requirements/all.txt" if is_missing else ""
+        raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
+
+
+def make_env(env_id: str, render_mode: str | None, kwargs: dict, hidden: tuple[int, ...]) -> gym.Env:
+    if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if env_id.startswith("dm_control/"):
+        gym.register_envs(importlib.import_module("shimmy"))
+    quieten_mujoco(env_id)
+    env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    space = env.observation_space
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
+        channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
+        space = spaces.Box(0, 255, np.moveaxis(space.sample(), channels, 0).shape, np.uint8)
+        if min(space.shape[1:]) < 36:
+            raise ValueError(f"the CNN needs images of 36 x 36 or more, these are {space.shape[1]} x {space.shape[2]}")
+        return gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, channels, 0).copy(), space)
+    if not space.is_np_flattenable or isinstance(space, spaces.Text):
+        raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
+    env = env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if not hidden:
+        return env
+    is_seen = ~np.isin(np.arange(env.observation_space.shape[0]), hidden)
+    return gym.wrappers.TransformObservation(env, lambda observation: observation * is_seen, env.observation_space)
+
+
+def hidden_velocities(env_id: str) -> tuple[int, ...]:
+    """Where an environment's observations hold velocities"""
+    name, _, _ = env_id.rpartition("-v")
+    if name not in VELOCITIES:
+        raise BadInput(f"--mask-velocity --env-id {env_id}: the velocities are known of {', '.join(VELOCITIES)}")
+    return VELOCITIES[name]
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+@cache
+def quieten_mujoco(env_id: str) -> None:
+    """MuJoCo repeats its notes on Gymnasium's models at each making and keeps them in MUJOCO_LOG.TXT; once will do."""
+    spec = gym.registry.get(env_id)
+    if spec and "gymnasium.envs.mujoco" in str(spec.entry_point):
+        importlib.import_module("mujoco").set_mju_user_warning(cache(warn))
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end."""
+    held, is_main = [], threading.current_thread() is threading.main_thread()
+    numbers = STOP_SIGNALS if is_main else ()
+    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
+    """Whether processes save more than the 40 µs an environment that talking to them costs."""
+    with contextlib.closing(SyncVectorEnv([make], autoreset_mode=AutoresetMode.SAME_STEP)) as vector:
+        vector.reset(seed=0)
+        actions = vector.action_space.sample()
+        seconds = min(timeit.repeat(lambda: vector.step(actions), number=1, repeat=20))
+    return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
+    """(choices of each discrete dimension, none for a Box), A"""
+    if isinstance(space, spaces.Discrete):
+        return (int(space.n),), 1
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return tuple(space.nvec.tolist()), len(space.nvec)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return (), math.prod(space.shape)
+    raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
+    """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
+    if isinstance(space, spaces.Discrete):
+        return actions[:, 0] + space.start
+    if isinstance(space, spaces.MultiDiscrete):
+        return actions + space.start
+    return actions.reshape(-1, *space.shape).clip(space.low, space.high)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def check_finite(env_id: str, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if array.dtype != np.uint8 and not np.isfinite(array).all():
+            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+
+
+def evaluate(
+    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
+) -> list[float]:
+    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics. The carry
+    goes on until an episode ends, as in training."""
+    first_returns, frames = {}, []
+    with contextlib.closing(trained.for_evaluation()) as envs:
+        envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
+        starts, carry = np.ones(envs.num_envs, bool), None
+        for _ in range(LONGEST_EVALUATION):
+            if video and 0 not in first_returns:
+                frames.append(envs.frame())
+            actions, carry = act(envs.observations, starts, carry)
+            _, _, terminated, truncated, _ = envs.step(actions)
+            starts = terminated | truncated
+            check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
+            if is_stopped():
+                return []
+            first_returns = {n: episode_return for n, episode_return, _ in envs.pop_episodes()} | first_returns
+            if len(first_returns) == envs.num_envs:
+                break
+        else:
+            warn(f"{envs.num_envs - len(first_returns)} evaluation episodes did not end, and do not count")
+    if frames:
+        video.parent.mkdir(exist_ok=True)
+        importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30).write_videofile(str(video), logger=None)
+    return list(first_returns.values())
+
+
+# ------------------------------------------------------------------------------------------------- stopwatch and run
+
+OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
+TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+class Stopwatch:
+    """Seconds per phase, read after a fence. The phases partition an iteration, but for those OUTSIDE of it; a phase
+    with a slash is part of another."""
+
+    def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
+        self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.lap_start = time.perf_counter()
+
+    def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
+        """Phase None is made of phases: it runs as it is written."""
+        if phase is None:
+            return function(*arguments)
+        start = time.perf_counter()
+        result = self.compiled.get(function, function)(*arguments)
+        self.fence(result)
+        self.seconds[phase] += weight * (time.perf_counter() - start)
+        return result
+
+    def fused(self, phase: str | None, function: Callable, *arguments):
+        """Clocks and waits for nothing, so that phases may run into one another."""
+        return self.compiled.get(function, function)(*arguments)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap, of the whole `iteration`, and of its `other` rest."""
+        now, seconds = time.perf_counter(), {"record": 0.0} | self.seconds
+        inside = sum(value for phase, value in seconds.items() if phase not in OUTSIDE and "/" not in phase)
+        seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
+        seconds["other"] = seconds["iteration"] - inside
+        self.seconds.clear()
+        self.lap_start = now
+        return seconds
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+class Run:
+    """A run's directory, W&B record, progress bar, checkpoints and signals."""
+
+    launcher = "python"
+
+    def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
+        self.config, self.envs, self.stopwatch = config, envs, stopwatch
+        if config.wandb_mode == "online" and not wandb.login(prompt=False):
+            raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
+        self.directory, run_id = open_directory(config)
+        self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
+        self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
+        if (step := progress.get("global_step", self.global_step)) != self.global_step:
+            why = "it was started with other environments, steps or processes"
+            raise BadInput(
+                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
+            )
+        if self.iteration > config.num_iterations:
+            raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
+        self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
+        self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
+        self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
+        versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
+        about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
+        about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
+        if config.wandb_mode != "online":
+            os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
+        except wandb.Error as error:
+            if not config.resume:
+                (self.directory / "config.json").unlink()  # the same command may be tried again
+            raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
+        self.wandb.define_metric("*", step_metric="global_step")
+        self.log = self.wandb.log
+        steps = config.num_iterations * config.iteration_steps
+        self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def open_record(self, about: dict, **where: str | Path):
+        config = self.config
+        return wandb.init(
+            **{"project": config.wandb_project, "entity": config.wandb_entity, "mode": config.wandb_mode},
+            **{"group": config.wandb_group or f"{config.env_id}__{config.exp_name}", "resume": "allow"},
+            **{"name": self.directory.name, "config": about} | where,
+            settings=wandb.Settings(silent=True, console="off", x_transaction_log_flush_interval=1),
+        )
+
+    def __enter__(self) -> "Run":
+        is_main = threading.current_thread() is threading.main_thread()
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS} if is_main else {}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+        try:
+            self.wandb.finish(exit_code=int(exception[0] not in (None, SystemExit)))
+        except Exception as error:
+            warn(f"the W&B record has no end: {one_line(error)}")
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # W&B's own hook at exit would print a traceback
+        gc.unfreeze()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ends the run after this iteration; a second signal ends it at once."""
+        self.stop_signal = number
+        signal.signal(number, self.handlers[number])
+
+    def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
+        """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
+        arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
+        if not arrays:
+            return learner
+        try:
+            memory.from_numpy(arrays)
+            rng.bit_generator.state = self.rng_state
+            return from_numpy(learner, arrays)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"the checkpoint is not of this run: {one_line(error)}"
+            raise BadInput(f"--resume {self.directory}: {what}") from error
+
+    def iterations(self) -> Iterator[int]:
+        """Counted from 1, until the last or until a signal."""
+        self.row["times/compile"].append(self.stopwatch.lap()["compile"])
+        if self.iteration < self.config.num_iterations:
+            self.envs.restart(self.global_step)
+        gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase
+        while self.iteration < self.config.num_iterations and not self.stop_signal:
+            self.iteration += 1
+            yield self.iteration
+
+    @property
+    def global_step(self) -> int:
+        return self.iteration * self.config.iteration_steps
+
+    def is_timed(self, iteration: int) -> bool:
+        """Whether this iteration runs phase by phase."""
+        return self.config.timing_interval > 0 and iteration % self.config.timing_interval == 0
+
+    def is_due(self, interval: int) -> bool:
+        """Whether this iteration reached another multiple of the interval (in steps; 0: never)."""
+        before = self.global_step - self.config.iteration_steps
+        is_last = self.iteration == self.config.num_iterations  # `conclude` does what is due then
+        return interval > 0 and self.global_step // interval > before // interval and not is_last
+
+    def check(self, metrics: dict[str, float]) -> None:
+        constant_returns = {"losses/explained_variance"}  # have none: it may be NaN
+        if not all(math.isfinite(metrics[name]) for name in metrics.keys() - constant_returns):
+            raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
+
+    def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
+        """Adds an iteration to the row; a timed iteration has a row of its own."""
+        episodes = self.envs.pop_episodes()
+        for _, episode_return, length in episodes:
+            self.add({"charts/episodic_return": episode_return, "charts/episodic_length": length})
+        self.episodes += episodes
+        self.recent_returns.extend(episode_return for _, episode_return, _ in episodes)
+        self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
+        is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
+        is_last = self.iteration == self.config.num_iterations
+        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+            return
+        is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
+        self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
+
+    def media(self, samples: Callable[[], dict[str, np.ndarray]]) -> dict:
+        _, returns, lengths = zip(*self.episodes, strict=True) if self.episodes else ((), (), ())
+        self.histograms_at, self.episodes, media = self.iteration, [], {}
+        episodes = {"episodic_return": np.array(returns), "episodic_length": np.array(lengths)}
+        for name, x in (samples() | episodes).items():
+            if x.dtype == np.uint8:
+                media[f"images/{name}"] = wandb.Image(x)
+            elif len(x):  # float32 in float64: np.histogram refuses values that differ by a rounding error alone
+                media[f"histograms/{name}"] = wandb.Histogram(x.astype(np.float32).astype(np.float64))
+        return media
+
+    def add(self, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            if math.isfinite(value):  # the explained variance of constant returns is not
+                self.row[key].append(value)
+
+    def send_row(self, media: Callable[[], dict] = dict) -> None:
+        if not self.row:
+            return
+        totals = {f"times/{phase}" for phase in OUTSIDE}
+        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        if "times/iteration" in row:
+            row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
+            row["charts/iteration"] = self.iteration
+        if self.recent_returns:
+            row["charts/return_last_100"] = sum(self.recent_returns) / len(self.recent_returns)
+            self.bar.set_postfix_str(f"return {row['charts/return_last_100']:.4g}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        self.row.clear()
+        try:
+            self.log(row | media() | {"global_step": self.global_step})
+        except Exception as error:  # a broken record must not end the training
+            warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
+            self.log = lambda row: None
+
+    def is_stopped(self) -> bool:
+        return bool(self.stop_signal)
+
+    def evaluate(self, act: Callable) -> list[float]:
+        if not self.config.eval_episodes:
+            return []
+        video = self.directory / "videos" / f"step_{self.global_step}.mp4" if self.config.capture_video else None
+        returns = self.stopwatch.timed("evaluation", evaluate, act, self.envs, video, self.is_stopped)
+        self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
+        return returns
+
+    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        """Keeps this checkpoint and the one before it."""
+        self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
+        self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
+
+    def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+        arrays = state()
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
+        progress["recent_returns"] = list(self.recent_returns)
+        path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
+        save_arrays(path, arrays, progress)
+        for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
+            old.unlink()
+
+    def save_model(self, directory: Path, config: Config, arrays: dict[str, np.ndarray]) -> None:
+        model = {name: array for name, array in arrays.items() if not name.startswith(TRAINING_ONLY)}
+        metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
+        save_arrays(directory / "model.safetensors", model, metadata)
+
+    def conclude(
+        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
+    ) -> list[float]:
+        """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
+        if self.stop_signal or (self.config.checkpoint_every and self.iteration):
+            self.save_checkpoint(state, rng)
+        returns = []
+        if not self.stop_signal:
+            if self.config.save_model:
+                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
+            returns = self.evaluate(act)
+        if self.stop_signal:  # perhaps during the evaluation
+            self.bar.close()
+            print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
+            raise SystemExit(128 + self.stop_signal)
+        self.add({f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items() if phase in OUTSIDE})
+        self.send_row()
+        self.bar.close()
+        for name, what, of in ("training", "last {}", self.recent_returns), ("evaluation", "{} greedy", returns):
+            if of:
+                spread = f"{np.mean(of):.1f} ± {np.std(of):.1f} (mean ± std, {what.format(len(of))} episodes)"
+                print(f"{name + ':':11} return {spread}")
+        print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
+        return returns
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    model = re.search(r"model name\s*: (.*)", info)
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
+    text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def load_arrays(path: Path | str) -> tuple[dict[str, np.ndarray], dict]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+        if metadata.get("sha256") != checksum(arrays, metadata.get("json", "")):
+            raise ValueError("its checksum is wrong, or none of these scripts wrote it")
+        return arrays, json.loads(metadata["json"])
+    except Exception as error:  # safetensors raises whatever a foreign header leads to
+        raise BadInput(f"cannot use {path}: {one_line(error)}") from error
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def checksum(arrays: dict[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def has_checkpoint(config: Config) -> bool:
+    return config.resume is not None and any(Path(config.resume).glob("checkpoints/*.safetensors"))
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
+    paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return load_arrays(path)
+        except BadInput as error:
+            warn(str(error))
+    if paths:
+        raise BadInput(f"--resume {directory}: no checkpoint there can be used")
+    warn(f"{directory} has no checkpoint yet; the run begins anew")
+    return {}, {}
+
+
+def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
+    """Weights and statistics of a model.safetensors that this script wrote."""
+    arrays, _ = load_arrays(path)
+    expected = to_numpy(learner) | envs.to_numpy()
+    expected = {name: array for name, array in expected.items() if not name.startswith(TRAINING_ONLY)}
+    for name in sorted(arrays.keys() | expected.keys()):
+        there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
+        if there != here:
+            why = "it was trained by another script, or with another environment, --hidden-sizes, --lstm-size, "
+            why += "--lstm-layers, --norm-obs or --norm-reward"
+            raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
+    envs.from_numpy(arrays)
+    return from_numpy(learner, arrays)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def open_directory(config: Config) -> tuple[Path, str]:
+    """The directory of the run, new unless it is resumed, and its W&B id."""
+    if config.resume:
+        path = Path(config.resume) / "config.json"
+        run_id = json.loads(path.read_text())["wandb_id"]
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
+        os.replace(path.with_suffix(".part"), path)
+        return path.parent, run_id
+    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+    if (directory / "config.json").exists():
+        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"wandb_id": run_id}, indent=2))
+    except OSError as error:
+        raise BadInput(f"cannot write to {directory}: {one_line(error)}; choose another --run-dir") from error
+    return directory, run_id
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+class BadInput(Exception):
+    """The run cannot begin; the message says what would be right."""
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+class TrainingFailed(Exception):
+    """A number is not finite, or a file cannot be written."""
+
+
+def validate(config: Config) -> Config:
+    """Raises BadInput where a value is not what Config allows, or where values do not go together."""
+    config = checked_fields(config)
+    rollout = f"{config.num_envs} environments x {config.num_steps} steps"
+    if config.num_steps % config.sequence_length:
+        raise BadInput(f"--sequence-length {config.sequence_length}: must divide --num-steps {config.num_steps}")
+    if config.num_sequences % config.num_minibatches or config.batch_size == config.num_minibatches:
+        what = f"{config.num_sequences} sequences ({rollout} in sequences of {config.sequence_length})"
+        raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {what} into parts of 2 steps or more")
+    if config.burn_in > config.num_steps:
+        raise BadInput(f"--burn-in {config.burn_in}: must not exceed --num-steps {config.num_steps}")
+    if config.mask_velocity:
+        hidden_velocities(config.env_id)
+    if 0 < config.total_timesteps < config.batch_size:
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def checked_fields(config: Config) -> Config:
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(dataclasses.asdict(config))
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(json.loads(config.env_kwargs), dict):
+            return config
+    raise BadInput(f'--env-kwargs {config.env_kwargs}: must be JSON such as {{"gravity": 5.0}}')
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def parse(arguments: list[str], default: Config) -> Config:
+    """The command line as tyro reads it, its boxed complaints as one line."""
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.cli(Config, args=arguments, default=default, description=__doc__)
+    except SystemExit as stop:
+        if stop.code:
+            raise BadInput(" ".join(re.sub("[─-╿]", " ", complaints.getvalue()).split())) from stop
+        raise
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def parse_config(arguments: list[str]) -> Config:
+    """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
+    config = parse(arguments, Config())
+    if not config.resume:
+        return config
+    try:
+        recorded = json.loads((Path(config.resume) / "config.json").read_text())
+        values = {field.name: recorded[field.name] for field in dataclasses.fields(Config)}
+        _, recorded = recorded["wandb_id"], validate(Config(**values | {"resume": config.resume}))
+    except (BadInput, OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"--resume {config.resume}: no run of this script is there ({one_line(error)})") from error
+    config = parse(arguments, recorded)
+    free = {"total_timesteps", "device", "wandb_mode", "eval_episodes", "eval_interval", "capture_video", "save_model"}
+    for name, value in dataclasses.asdict(config).items():
+        if name not in free and value != getattr(recorded, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} cannot change in a resumed run; it is {getattr(recorded, name)}")
+    return config
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def main() -> int:
+    try:
+        train(parse_config(sys.argv[1:]))
+        return 0
+    except (BadInput, TrainingFailed, KeyboardInterrupt) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        return {BadInput: 2, TrainingFailed: 1, KeyboardInterrupt: 130}[type(error)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,628 @@
+"""ppo_lstm_jax.py: its unrolled sequences against a network in NumPy that takes one step of one environment at a time
+and knows the weights by their names alone; and what only a memory can do.
+
+Weights are far from their initial values, where an action hardly depends on the carry and a ratio is 1 whatever the
+carry is. Tolerances without a word are the rounding of float64 (1e-12) or of float32 (1e-5), of numbers of about 1.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.flatten_util import ravel_pytree
+from scipy.special import expit, log_softmax
+
+import ppo_jax
+import ppo_lstm_jax
+from ppo_lstm_jax import (
+    Batch,
+    Config,
+    Environments,
+    Learner,
+    Minibatch,
+    Rollout,
+    act,
+    collect_rollout,
+    evaluate,
+    new_learner,
+    new_stopwatch,
+    to_numpy,
+    train,
+    update,
+)
+from tests.backends import double_precision, doubled
+from tests.test_ppo_torch import call, slow_gae
+from tests.test_reliability import (
+    BAD_INPUT,
+    NUMBERS,
+    SILENT,
+    assert_refused,
+    case,
+    main,
+)
+
+SMALL = Config(
+    **{"num_envs": 3, "num_steps": 12, "sequence_length": 4, "num_minibatches": 3, "update_epochs": 3},
+    **{"hidden_sizes": (8,), "lstm_size": 5, "lstm_layers": 2, "vectorization": "sync", "wandb_mode": "disabled"},
+)
+
+
+def known(name: str, kwargs: dict | None = None, **flags) -> Config:
+    """A config for an environment of tests/environments.py. Episodes of a Counter end after 3 to 6 steps."""
+    flags = {"env_id": f"tests.environments:{name}-v0", "env_kwargs": json.dumps(kwargs or {})} | flags
+    return dataclasses.replace(SMALL, **flags)
+
+
+KINDS = {
+    "truncated": known("Counter", norm_obs=True),
+    "terminated": known("Counter", {"ends": "terminated"}, norm_obs=True),
+    "both": known("Counter", {"ends": "both"}, norm_obs=True, lstm_layers=1),
+    "multidiscrete": known("Echo", {"space": "multidiscrete"}),
+    "gaussian": known("Echo", {"space": "bounded"}, hidden_sizes=()),
+    "image": known("Picture", lstm_layers=1),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def changed(learner: Learner, seed: int) -> Learner:
+    """With other weights; those of a CNN, which adds up hundreds of inputs, stay."""
+    params, rng = learner.agent.params, np.random.default_rng(seed)
+    for name in params.keys() - {"encoder"}:
+        noise = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), params[name])
+        params[name] = jax.tree.map(jnp.add, params[name], noise)
+    return learner._replace(agent=learner.agent.replace(weights=ravel_pytree(params)[0]))
+
+
+def prepared(config: Config, number: int = 1, timed: Callable = call) -> tuple[Learner, list[Rollout], Callable]:
+    """A learner, rollouts of it that go on from one to the next, and how to call what is compiled."""
+    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner, rng, found = changed(new_learner(envs, config), 0), np.random.default_rng(0), []
+        fused, carry = new_stopwatch(learner, config).fused, learner.agent.first_carry(config.num_envs)
+        for _ in range(number):
+            found.append(collect_rollout(learner.agent, carry, envs, config, rng, timed))
+            carry = fused(None, ppo_lstm_jax.make_batch, learner.agent, found[-1], config).carries[-1]
+    return learner, found, fused
+
+
+class Slow:
+    """One of the networks for one environment and one step, in float64."""
+
+    def __init__(self, learner: Learner, network: str):
+        arrays = {name: array.astype(float) for name, array in to_numpy(learner).items() if name.startswith(network)}
+        self.arrays = {name.removeprefix(f"{network}."): array for name, array in arrays.items()}
+
+    def __call__(self, x: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(F,), (layers, 2, H) -> output, carry after the step"""
+        get, after = self.arrays.get, []
+        for i in range(len([name for name in self.arrays if name[0].isdigit() and name.endswith("weight")])):
+            x = np.tanh(get(f"{2 * i}.weight") @ x + get(f"{2 * i}.bias"))
+        for i, (h, c) in enumerate(carry):
+            gates = get(f"lstm.weight_ih_l{i}") @ x + get(f"lstm.weight_hh_l{i}") @ h + get(f"lstm.bias_ih_l{i}")
+            into, keep, new, out = np.split(gates, 4)
+            c = expit(keep) * c + expit(into) * np.tanh(new)
+            x = expit(out) * np.tanh(c)
+            after.append((x, c))
+        return get("head.weight") @ x + get("head.bias"), np.array(after)
+
+
+def unrolled(learner: Learner, rollout: Rollout) -> dict[str, np.ndarray]:
+    """What the networks say of a rollout of vectors, by the book; carries after each step are not yet reset."""
+    networks = [Slow(learner, "actor"), Slow(learner, "critic")]
+    T, N = rollout.rewards.shape
+    carry_shape = rollout.carry.shape[1:]
+    found = {"policy": [[None] * N for _ in range(T)], "carries": np.zeros((T + 1, N, *carry_shape))}
+    found |= {"values": np.zeros((T, N)), "next_values": np.zeros((T, N))}
+    last = iter(rollout.final_observations)
+    final = {(t, n): next(last) for t, n in np.argwhere(rollout.truncated)}
+    for n in range(N):
+        carry = np.asarray(rollout.carry[n], float)
+        for t in range(T):
+            found["carries"][t, n] = carry
+            (policy, actor), (value, critic) = (
+                f(rollout.observations[t, n], c) for f, c in zip(networks, carry, strict=True)
+            )
+            carry, found["policy"][t][n], found["values"][t, n] = np.array([actor, critic]), policy, value[0]
+            following = final.get((t, n), rollout.observations[t + 1, n])
+            found["next_values"][t, n] = networks[1](following, critic)[0][0]  # not used after a termination
+            if rollout.terminated[t, n] or rollout.truncated[t, n]:
+                carry = np.zeros(carry_shape)
+        found["carries"][T, n] = carry
+    return found | {"policy": np.array(found["policy"])}
+
+
+def log_probs_of(policy: np.ndarray, rollout: Rollout, agent) -> np.ndarray:
+    if not agent.nvec:
+        log_std = np.asarray(agent.log_std, float)
+        z = (rollout.actions - policy) / np.exp(log_std)
+        return (-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+    parts = np.split(policy, np.cumsum(agent.nvec)[:-1], -1)
+    chosen = np.split(rollout.actions, len(agent.nvec), -1)
+    return sum(np.take_along_axis(log_softmax(p, -1), a, -1)[..., 0] for p, a in zip(parts, chosen, strict=True))
+
+
+def slow_batch(learner: Learner, rollout: Rollout, config: Config) -> dict[str, np.ndarray]:
+    found = unrolled(learner, rollout)
+    done = rollout.terminated | rollout.truncated
+    found["advantages"] = slow_gae(
+        *(rollout.rewards, found["values"], found["next_values"], rollout.terminated, done),
+        *(config.gamma, config.gae_lambda),
+    )
+    found["returns"] = found["advantages"] + found["values"]
+    found["log_probs"] = log_probs_of(found["policy"], rollout, learner.agent)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_lstm_is_torchs(layers):
+    """Weights load into torch.nn.LSTM by their names, and give the same outputs and the same last carry."""
+    learner, _, _ = prepared(known("Counter", lstm_layers=layers), 0)
+    arrays = {name: torch.tensor(array) for name, array in to_numpy(learner).items()}
+    prefix = "actor.lstm."
+    state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    state |= {name.replace("ih", "hh"): torch.zeros_like(x) for name, x in state.items() if name.startswith("bias")}
+    lstm, rng = torch.nn.LSTM(8, 5, layers), np.random.default_rng(0)
+    lstm.load_state_dict(state)
+    x, carry = rng.standard_normal((7, 4, 3)).astype(np.float32), rng.standard_normal((4, 2, layers, 2, 5))
+    carry = carry.astype(np.float32)
+    policy, _, carries = jax.jit(type(learner.agent).__call__)(learner.agent, x, carry, np.zeros((7, 4)))
+    features = torch.tanh(torch.from_numpy(x) @ arrays["actor.0.weight"].T + arrays["actor.0.bias"])
+    h, c = (torch.from_numpy(carry[:, 0, :, k].swapaxes(0, 1).copy()) for k in (0, 1))
+    outputs, (h, c) = lstm(features, (h, c))
+    expected = outputs @ arrays["actor.head.weight"].T + arrays["actor.head.bias"]
+    np.testing.assert_allclose(policy, expected.detach(), rtol=0, atol=1e-5)
+    last = torch.stack([h, c], 2).detach().swapaxes(0, 1)  # (B, layers, 2, H)
+    np.testing.assert_allclose(carries[-1, :, 0], last, rtol=0, atol=1e-5)
+
+
+def test_initial_weights():
+    """Orthogonal, with the gains of the heads; the forget gate's bias is 1, all others are 0."""
+    with contextlib.closing(Environments(SMALL, 1)) as envs:
+        arrays = to_numpy(new_learner(envs, SMALL))
+    for network, gain in (("actor", 0.01), ("critic", 1.0)):
+        head = arrays[f"{network}.head.weight"]
+        np.testing.assert_allclose(head @ head.T, gain**2 * np.eye(len(head)), rtol=0, atol=1e-6)
+        for i in range(2):
+            np.testing.assert_array_equal(arrays[f"{network}.lstm.bias_ih_l{i}"], np.repeat([0, 1, 0, 0], 5))
+            for which in ("ih", "hh"):
+                w = arrays[f"{network}.lstm.weight_{which}_l{i}"]
+                np.testing.assert_allclose(w.T @ w, np.eye(w.shape[1]), rtol=0, atol=1e-5)
+    assert not np.array_equal(arrays["actor.lstm.weight_hh_l0"], arrays["critic.lstm.weight_hh_l0"])
+
+
+def test_unrolled_is_step_by_step():
+    """Episodes begin anywhere, in the first step of the sequence too."""
+    learner, _, _ = prepared(known("Counter"), 0)
+    rng = np.random.default_rng(0)
+    x, carry = rng.standard_normal((9, 4, 3)), rng.standard_normal((4, 2, 2, 2, 5))
+    starts = rng.random((9, 4)) < 0.3
+    starts[0] = [False, True, False, True]
+    networks = [Slow(learner, "actor"), Slow(learner, "critic")]
+    with double_precision(ppo_lstm_jax):
+        agent = doubled(ppo_lstm_jax, learner).agent
+        policy, values, carries = jax.jit(type(agent).__call__)(agent, x, carry, starts.astype(float))
+        one = [agent.policy(x[0], starts[0], carry[:, 0])]
+        for t in range(1, 9):
+            one.append(agent.policy(x[t], starts[t], one[-1][1]))
+    for n in range(4):
+        state = carry[n]
+        for t in range(9):
+            state = np.zeros_like(state) if starts[t, n] else state
+            (expected, actor), (value, critic) = (f(x[t, n], s) for f, s in zip(networks, state, strict=True))
+            state = np.array([actor, critic])
+            np.testing.assert_allclose(policy[t, n], expected, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(values[t, n], value[0], rtol=0, atol=1e-12)
+            np.testing.assert_allclose(carries[t, n], state, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(one[t][0][n], expected, rtol=0, atol=1e-12)  # as it acts
+            np.testing.assert_allclose(one[t][1][n], actor, rtol=0, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- batch
+
+
+@each_kind
+def test_the_ratio_is_one_at_the_first_minibatch(kind):
+    """In the second rollout, whose first carry is the first's last, across ends of episodes, behind any burn-in; with
+    the very log-probabilities of the policies that acted."""
+    config, policies, tolerance = KINDS[kind], [], 1e-4 if kind == "image" else 1e-5  # the CNN adds up 512 features
+
+    def timed(phase, function, *arguments):
+        if function is act:
+            agent, observations, starts, carry, _ = arguments
+            policies.append(agent.policy(observations, starts, carry)[0])
+        return function(*arguments)
+
+    learner, (_, rollout), fused = prepared(config, 2, timed)
+    assert (rollout.terminated | rollout.truncated).any()
+    batch = fused(None, ppo_lstm_jax.make_batch, learner.agent, rollout, config)
+    acted = log_probs_of(np.array(policies[config.num_steps :]), rollout, learner.agent)
+    np.testing.assert_allclose(batch.log_probs, acted, rtol=0, atol=tolerance)
+    permutation = np.random.default_rng(0).permutation(config.num_sequences)
+    for burn_in in (3,) if kind == "image" else (0, 3, 12):
+        config = dataclasses.replace(config, burn_in=burn_in)
+        for minibatch in fused(None, ppo_lstm_jax.minibatches, batch, permutation, config):
+            _, _, log_ratio = fused(None, ppo_lstm_jax.loss_and_gradient, learner.agent, minibatch, config)
+            assert log_ratio.shape == (4, 3)
+            np.testing.assert_allclose(log_ratio, 0, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "image"])
+def test_a_batch_is_what_a_slow_loop_makes(kind):
+    """Carries, log-probabilities and values; advantages that bootstrap at a truncation from the true last observation
+    and the carry after the step before it; the carry that begins the next rollout."""
+    config = KINDS[kind]
+    learner, collected, fused = prepared(config, 3)
+    with double_precision(ppo_lstm_jax):
+        learner = doubled(ppo_lstm_jax, learner)
+        for rollout in collected:
+            expected = slow_batch(learner, rollout, config)
+            batch = fused(None, ppo_lstm_jax.make_batch, learner.agent, rollout, config)
+            for name in ("carries", "log_probs", "values", "advantages", "returns"):
+                np.testing.assert_allclose(getattr(batch, name), expected[name], rtol=0, atol=1e-10, err_msg=name)
+            done = rollout.terminated | rollout.truncated
+            np.testing.assert_array_equal(batch.starts, [np.zeros(3), *done[:-1]])
+    for before, after in itertools.pairwise(collected):
+        np.testing.assert_allclose(after.carry, slow_batch(learner, before, config)["carries"][-1], rtol=0, atol=1e-5)
+    ends = [rollout.truncated.sum() for rollout in collected]
+    assert (min(ends) > 2) if kind != "terminated" and kind != "both" else not any(ends)
+
+
+def numbered(config: Config) -> Batch:
+    """Every number tells its step and environment."""
+    T, N = config.num_steps, config.num_envs
+    t, n = np.mgrid[: T + 1, :N].astype(np.float32)
+    x = 100 * t + n
+    carries = np.broadcast_to(x[..., None, None, None, None], (T + 1, N, 2, 1, 2, 3))
+    starts = np.isin(x[:-1], [100, 502, 801]).astype(np.float32)
+    fields = x[:-1, :, None], starts, carries, x[:-1, :, None], *[x[:-1] + k / 8 for k in range(4)]
+    return Batch(*map(jnp.asarray, fields))
+
+
+@pytest.mark.parametrize("burn_in", [0, 2, 4, 7, 12])
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_minibatches_are_whole_sequences_behind_their_burn_in(burn_in, norm_adv):
+    config = dataclasses.replace(SMALL, burn_in=burn_in, norm_adv=norm_adv)
+    batch, permutation = numbered(config), np.random.default_rng(0).permutation(9)
+    parts = jax.jit(ppo_lstm_jax.minibatches, static_argnames="config")(batch, permutation, config)
+    found = []
+    for part in parts:
+        assert isinstance(part, Minibatch) and part.observations.shape == (burn_in + 4, 3, 1)
+        advantages = np.asarray(part.log_probs, float) + 2 / 8
+        if norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+        np.testing.assert_allclose(part.advantages, advantages, rtol=1e-5, atol=1e-5)
+        for k in range(3):
+            steps, n = np.divmod(np.asarray(part.log_probs[:, k]).astype(int), 100)
+            first, n = steps[0], n[0]
+            assert steps.tolist() == list(range(first, first + 4)) and first % 4 == 0
+            found.append(first // 4 * 3 + n)
+            real = min(burn_in, first)
+            assert part.burn_in[k] == real
+            assert (np.asarray(part.carry[k]) == 100 * (first - real) + n).all()
+            seen = [*range(first - real, first), *range(first, first + 4)]
+            here = [*range(real), *range(burn_in, burn_in + 4)]
+            assert part.observations[here, k, 0].tolist() == [100 * t + n for t in seen]
+            assert part.starts[here, k].tolist() == [batch.starts[t, n] for t in seen]
+            for name in ("values", "returns", "actions"):
+                expected = getattr(batch, name)[first : first + 4, n]
+                np.testing.assert_array_equal(getattr(part, name)[:, k], expected, err_msg=name)
+    assert found == permutation.tolist()
+
+
+@pytest.mark.parametrize("burn_in", [0, 2, 4, 7])
+def test_burn_in_brings_a_stored_carry_up_to_date(burn_in):
+    """The carry is that of the weights that acted; the steps of burn-in and of the sequence are those of today's."""
+    config = dataclasses.replace(KINDS["truncated"], burn_in=burn_in)
+    learner, (rollout,), fused = prepared(config)
+    newer = changed(learner, 1)
+    stored = unrolled(learner, rollout)["carries"]
+    networks = [Slow(newer, "actor"), Slow(newer, "critic")]
+    starts = np.array([np.zeros(3), *(rollout.terminated | rollout.truncated)])
+    with double_precision(ppo_lstm_jax):
+        learner, newer = doubled(ppo_lstm_jax, learner), doubled(ppo_lstm_jax, newer)
+        batch = fused(None, ppo_lstm_jax.make_batch, learner.agent, rollout, config)
+        for m, part in enumerate(fused(None, ppo_lstm_jax.minibatches, batch, np.arange(9), config)):
+            policy, values = fused(None, ppo_lstm_jax.forward, newer.agent, part, config)
+            for n in range(3):  # minibatch m holds the m-th sequence of every environment
+                begin = max(4 * m - burn_in, 0)
+                carry = stored[begin, n]
+                for t in range(begin, 4 * m + 4):
+                    carry = np.zeros_like(carry) if starts[t, n] else carry
+                    (expected, actor), (value, critic) = (
+                        f(rollout.observations[t, n], c) for f, c in zip(networks, carry, strict=True)
+                    )
+                    carry = np.array([actor, critic])
+                    if t >= 4 * m:
+                        np.testing.assert_allclose(policy[t - 4 * m, n], expected, rtol=0, atol=1e-10)
+                        np.testing.assert_allclose(values[t - 4 * m, n], value[0], rtol=0, atol=1e-10)
+
+
+def test_burn_in_has_no_gradient():
+    """The gradient is that of sequences which begin with the carry that the burn-in led to, as a constant."""
+    config = dataclasses.replace(KINDS["multidiscrete"], burn_in=3)
+    plain = dataclasses.replace(config, burn_in=0)
+    learner, (rollout,), fused = prepared(config)
+    newer = changed(learner, 1)
+    with double_precision(ppo_lstm_jax):
+        learner, newer = doubled(ppo_lstm_jax, learner), doubled(ppo_lstm_jax, newer)
+        batch = fused(None, ppo_lstm_jax.make_batch, learner.agent, rollout, config)
+        part = fused(None, ppo_lstm_jax.minibatches, batch, np.arange(9)[::-1].copy(), config)[0]
+        unroll = jax.jit(type(newer.agent).__call__)
+        _, _, carries = unroll(newer.agent, part.observations[:3], part.carry, part.starts[:3])
+        warm = part._replace(observations=part.observations[3:], starts=part.starts[3:], carry=carries[-1])
+        cold = warm._replace(carry=part.carry)
+        gradient, losses, log_ratio = fused(None, ppo_lstm_jax.loss_and_gradient, newer.agent, part, config)
+        expected = [fused(None, ppo_lstm_jax.loss_and_gradient, newer.agent, other, plain) for other in (warm, cold)]
+    np.testing.assert_allclose(gradient, expected[0][0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(log_ratio, expected[0][2], rtol=0, atol=1e-12)
+    for name, loss in losses.items():
+        assert float(loss) == pytest.approx(float(expected[0][1][name]), abs=1e-12)
+    assert np.abs(gradient - expected[1][0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("advantages", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_is_computed_anew_before_an_epoch(hidden, advantages):
+    """An epoch's minibatches hold what a slow loop makes with the weights at its beginning, or at the first's."""
+    config = dataclasses.replace(KINDS["truncated"], recompute_hidden=hidden, recompute_advantages=advantages)
+    config = dataclasses.replace(config, norm_adv=False, learning_rate=0.03)
+    learner, (rollout,), _ = prepared(config)
+    agents, parts = [], []
+
+    def timed(phase, function, *arguments):
+        if phase == "loss":
+            agents.append(arguments[0])
+            parts.append(arguments[1])
+        return stopwatch.fused(phase, function, *arguments) if phase else function(*arguments)
+
+    with double_precision(ppo_lstm_jax):
+        learner = doubled(ppo_lstm_jax, learner)
+        learner = ppo_lstm_jax.with_learning_rate(learner, config.learning_rate)
+        stopwatch = new_stopwatch(learner, config)
+        _, before, _ = update(learner, rollout, config, np.random.default_rng(0), timed)
+        rng, slow = np.random.default_rng(0), []
+        for epoch in range(3):
+            slow.append(slow_batch(learner._replace(agent=agents[3 * epoch]), rollout, config))
+            newest = {"hidden": slow[epoch * hidden], "advantages": slow[epoch * advantages]}
+            order = rng.permutation(9).reshape(3, 3)
+            for m, sequences in enumerate(order):
+                part = parts[3 * epoch + m]
+                for k, sequence in enumerate(sequences):
+                    first, n = 4 * (sequence // 3), sequence % 3
+                    carry = newest["hidden"]["carries"][first, n]
+                    np.testing.assert_allclose(part.carry[k], carry, rtol=0, atol=1e-10)
+                    for name in ("values", "advantages", "returns"):
+                        expected = newest["advantages"][name][first : first + 4, n]
+                        np.testing.assert_allclose(getattr(part, name)[:, k], expected, rtol=0, atol=1e-10)
+                    log_probs = slow[0]["log_probs"][first : first + 4, n]  # of the policy that acted
+                    np.testing.assert_allclose(part.log_probs[:, k], log_probs, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(before.carries, slow[0]["carries"], rtol=0, atol=1e-10)  # the next rollout's too
+        np.testing.assert_allclose(before.advantages, slow[0]["advantages"], rtol=0, atol=1e-10)
+    assert np.abs(slow[1]["carries"] - slow[0]["carries"]).max() > 1e-3
+    assert np.abs(slow[1]["advantages"] - slow[0]["advantages"]).max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_carries_and_resets_the_state():
+    """Every action is that of the slow network, in episodes that begin after others ended too."""
+    config = dataclasses.replace(KINDS["truncated"], eval_episodes=3)
+    learner, _, _ = prepared(config, 0)
+    seen = []
+
+    def watched(observations, starts, carry):
+        actions, after = act(learner.agent, observations, starts, carry)
+        policy, _ = learner.agent.policy(
+            observations, starts, learner.agent.first_carry(3)[:, 0] if carry is None else carry
+        )
+        seen.append((observations.copy(), np.asarray(policy)))
+        return actions, after
+
+    mean, var = np.array([500.0, 1.0, 2.0]), np.array([1e5, 4.0, 9.0])
+    with contextlib.closing(Environments(config, 3)) as envs:
+        envs.statistics = {"observation_mean": mean, "observation_var": var, "observation_count": np.array(100.0)}
+        for _ in range(2):  # the second evaluation remembers nothing of the first
+            assert len(evaluate(watched, envs)) == 3
+    network, begun, carry = Slow(learner, "actor"), 0, None
+    for n in range(3):
+        for observations, policy in seen:
+            is_start = round(observations[n, 2] * 3 + 2) == 0  # the last number is the step of the episode
+            begun += is_start
+            carry = np.zeros((2, 2, 5)) if is_start else carry
+            expected, carry = network(observations[n], carry)
+            np.testing.assert_allclose(policy[n], expected, rtol=0, atol=1e-5)
+    assert begun > 2 * 3
+
+
+def test_a_loaded_model_evaluates_as_where_it_was_trained(tmp_path):
+    flags = {"total_timesteps": 3 * 36, "eval_episodes": 3, "norm_obs": True}
+    config = dataclasses.replace(SMALL, env_id="Pendulum-v1", **flags)
+    first = train(dataclasses.replace(config, run_dir=str(tmp_path / "first")))
+    model = str(tmp_path / "first/model.safetensors")
+    flags = {"load_model": model, "total_timesteps": 0, "run_dir": str(tmp_path / "second")}
+    assert train(dataclasses.replace(config, **flags)).evaluation_returns == first.evaluation_returns
+    for what, value in {"lstm_size": 6, "lstm_layers": 1}.items():
+        flags |= {what: value, "run_dir": str(tmp_path / what)}
+        with pytest.raises(ppo_lstm_jax.BadInput, match=r"(head|lstm).* there and .* here.*--lstm-size, --lstm-layers"):
+            train(dataclasses.replace(config, **flags))
+
+
+# ----------------------------------------------------------------------------------------------------- whole updates
+
+
+def test_an_update_fused_and_phase_by_phase(tmp_path):
+    """To 1e-5 over three iterations: compiled code sums in another order."""
+    flags = {"total_timesteps": 3 * 36, "eval_episodes": 0, "burn_in": 2, "recompute_hidden": True}
+    flags |= {"recompute_advantages": True, "learning_rate": 1e-3}
+    found = []
+    for interval in (0, 1):
+        config = dataclasses.replace(SMALL, **flags, timing_interval=interval, run_dir=str(tmp_path / str(interval)))
+        found.append(to_numpy(train(config).learner))
+    with contextlib.closing(Environments(SMALL, 1)) as envs:
+        untrained = to_numpy(new_learner(envs, SMALL))
+    for name, x in found[0].items():
+        np.testing.assert_allclose(found[1][name], x, rtol=0, atol=1e-5, err_msg=name)
+        assert np.abs(x - untrained[name]).max() > 1e-4 or name.startswith("optimizer."), name
+
+
+def test_the_carry_goes_on_until_new_episodes_begin(tmp_path, monkeypatch):
+    """Across rollouts, and not across a checkpoint, which makes the environments anew."""
+    begun, collect = [], ppo_lstm_jax.collect_rollout
+
+    def watched(agent, carry, *arguments):
+        begun.append((agent, collect(agent, carry, *arguments)))
+        return begun[-1][1]
+
+    monkeypatch.setattr(ppo_lstm_jax, "collect_rollout", watched)
+    flags = {"total_timesteps": 5 * 36, "checkpoint_interval": 3 * 36, "eval_interval": 36, "eval_episodes": 2}
+    flags |= {"learning_rate": 0.03, "run_dir": str(tmp_path / "run")}
+    config = dataclasses.replace(known("Echo", {"space": "discrete"}), **flags)  # 7 steps an episode, 12 a rollout
+    learner = train(config).learner
+    for i, (_, rollout) in enumerate(begun):
+        if i in (0, 3):
+            assert not np.any(rollout.carry)
+            continue
+        agent, before = begun[i - 1]
+        expected = slow_batch(learner._replace(agent=agent), before, config)["carries"][-1]
+        np.testing.assert_allclose(rollout.carry, expected, rtol=0, atol=1e-5)
+        assert np.abs(rollout.carry).max() > 0.01
+    assert len(begun) == 5
+
+
+def test_target_kl_stops_after_an_epoch():
+    config = dataclasses.replace(KINDS["truncated"], learning_rate=0.03, update_epochs=5)
+    learner, (rollout,), fused = prepared(config)
+    learner = ppo_lstm_jax.with_learning_rate(learner, config.learning_rate)
+    for target_kl, epochs in ((None, 5), (1e9, 5), (1e-9, 1)):
+        shapes = []
+
+        def timed(phase, function, *arguments, shapes=shapes):
+            if phase == "kl":
+                shapes.append(arguments[0].shape)
+            return fused(phase, function, *arguments) if phase else function(*arguments)
+
+        update(learner, rollout, dataclasses.replace(config, target_kl=target_kl), np.random.default_rng(0), timed)
+        assert shapes == [(3, 4, 3)] * epochs  # of all minibatches
+
+
+SIGNAL = {
+    **{"env_id": "tests.environments:Signal-v0", "vectorization": "sync", "wandb_mode": "disabled"},
+    **{"num_envs": 8, "num_steps": 32, "learning_rate": 3e-3, "gamma": 0.95, "ent_coef": 0.01},
+    **{"eval_episodes": 100, "checkpoint_interval": 0, "total_timesteps": 25_600},
+}
+
+
+def test_memory_matters(tmp_path):
+    """The signal is shown once and asked for 4 steps later: with the LSTM every episode is won, a policy that sees the
+    last observation alone wins every other one."""
+    with_memory = Config(**SIGNAL, sequence_length=16, lstm_size=16, run_dir=str(tmp_path / "with"))
+    without = ppo_jax.Config(**SIGNAL, run_dir=str(tmp_path / "without"))
+    assert np.mean(train(with_memory).evaluation_returns) == 1
+    assert abs(np.mean(ppo_jax.train(without).evaluation_returns)) < 0.5  # 5 standard deviations of a hundred coins
+
+
+# --------------------------------------------------------------------------------------------------------- velocities
+
+
+def observed(env_id: str, state: Callable, **flags) -> tuple[np.ndarray, np.ndarray]:
+    """Observations of 8 steps, and the same made of the environment's own state."""
+    config = Config(env_id=env_id, num_envs=1, vectorization="sync", mask_velocity=True, **flags)
+    found, rng = [], np.random.default_rng(0)
+    with contextlib.closing(Environments(config, 1)) as envs:
+        envs.restart(0)
+        for _ in range(8):
+            found.append((envs.observations[0].copy(), state(envs.vector.envs[0].unwrapped)))
+            actions = rng.integers(0, envs.nvec[0], (1, 1)) if envs.nvec else rng.uniform(-1, 1, (1, envs.action_dim))
+            envs.step(actions)
+    return tuple(np.array(column, float) for column in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "state"),
+    [
+        ("CartPole-v1", lambda env: [env.state[0], 0, env.state[2], 0]),
+        ("Pendulum-v1", lambda env: [np.cos(env.state[0]), np.sin(env.state[0]), 0]),
+        ("MountainCarContinuous-v0", lambda env: [env.state[0], 0]),
+        ("Acrobot-v1", lambda env: [f(env.state[i]) for i in (0, 1) for f in (np.cos, np.sin)] + [0, 0]),
+        (
+            "LunarLander-v3",
+            lambda env: [
+                env.lander.position.x / 10 - 1,
+                (env.lander.position.y - env.helipad_y - 18 / 30) / (400 / 30 / 2),
+                *(0, 0, env.lander.angle, 0, 0, 0),
+            ],
+        ),
+    ],
+)
+def test_masked_velocities(env_id, state):
+    found, expected = observed(env_id, state)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    hidden = (expected == 0).all(0)
+    with contextlib.closing(gym.make(env_id)) as env:
+        env.reset(seed=0)
+        seen = np.array([env.step(env.action_space.sample())[0] for _ in range(8)])
+    assert (np.abs(seen[:, hidden]).max(0) > 0)[: 3 if "Lunar" in env_id else None].all()  # but for legs in the air
+
+
+def test_velocities_that_are_not_known():
+    for env_id in ("MountainCar-v0", "HalfCheetah-v5", "ALE/Pong-v5", "Nonsense"):
+        outcome = main(*QUIET, "--mask-velocity", "--env-id", env_id, module=ppo_lstm_jax)
+        assert_refused(outcome, "--mask-velocity", env_id, "CartPole", "LunarLander", module=ppo_lstm_jax)
+
+
+# --------------------------------------------------------------------------------------------------------- reliability
+
+
+QUIET = [*SILENT, "--sequence-length", "1"]  # so that minibatches are refused where those of ppo_jax.py are
+OWN_NUMBERS = {
+    "--lstm-size": "0 -1 1.5",
+    "--lstm-layers": "0 -1",
+    "--sequence-length": "0 -1 3 32",
+    "--burn-in": "-1 17 x",
+}
+
+
+@pytest.mark.parametrize("flags, words", BAD_INPUT)
+def test_bad_input_is_refused_in_one_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = main(*([] if "--resume" in flags else QUIET), *flags, module=ppo_lstm_jax)
+    assert_refused(outcome, *words, module=ppo_lstm_jax)
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        *(case(f"{flag} {value}", flag) for flag, values in OWN_NUMBERS.items() for value in values.split()),
+        case("--sequence-length 8 --num-minibatches 8", "--num-minibatches 8", "4 sequences"),
+        case("--sequence-length 16 --num-envs 3 --num-minibatches 2", "--num-minibatches 2", "3 sequences"),
+    ],
+)
+def test_bad_sequences_are_refused_in_one_line(flags, words):
+    assert_refused(main(*QUIET, *flags, module=ppo_lstm_jax), *words, module=ppo_lstm_jax)
+
+
+def test_every_number_has_its_bad_values():
+    numbers = {f.name for f in dataclasses.fields(Config) if any(t in str(f.type) for t in ("int", "float"))}
+    own = {flag.removeprefix("--").replace("-", "_") for flag in OWN_NUMBERS}
+    assert numbers == NUMBERS.keys() - {"num_threads"} | own
+
+
+def test_a_model_without_a_memory_is_refused(tmp_path):
+    config = ppo_jax.Config(total_timesteps=0, eval_episodes=0, wandb_mode="disabled", vectorization="sync")
+    ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
+    outcome = main(*QUIET, "--load-model", tmp_path / "run/model.safetensors", module=ppo_lstm_jax)
+    assert_refused(outcome, "actor", "missing", "another script", module=ppo_lstm_jax)
