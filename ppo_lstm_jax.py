@@ -1522,8 +1522,9 @@ def validate(config: Config) -> Config:
         raise BadInput(f"--burn-in {config.burn_in}: must not exceed --num-steps {config.num_steps}")
     if config.mask_velocity:
         hidden_velocities(config.env_id)
-    if 0 < config.total_timesteps < config.batch_size:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {rollout}")
+    if 0 < config.total_timesteps < config.iteration_steps:
+        steps = f"{config.iteration_steps} steps"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one rollout, {steps}")
     return config
 
 
