@@ -639,7 +639,7 @@ def train(config: Config) -> Result:
         if config.load_model and not has_checkpoint(config):
             learner = load_model(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        with Run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+        with Run(config, envs, stopwatch, algorithm="recurrent_ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             carry = learner.agent.first_carry(config.num_envs)

@@ -463,21 +463,6 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(tmp_path):
 # ----------------------------------------------------------------------------------------------------- whole updates
 
 
-def test_an_update_fused_and_phase_by_phase(tmp_path):
-    """To 1e-5 over three iterations: compiled code sums in another order."""
-    flags = {"total_timesteps": 3 * 36, "eval_episodes": 0, "burn_in": 2, "recompute_hidden": True}
-    flags |= {"recompute_advantages": True, "learning_rate": 1e-3}
-    found = []
-    for interval in (0, 1):
-        config = dataclasses.replace(SMALL, **flags, timing_interval=interval, run_dir=str(tmp_path / str(interval)))
-        found.append(to_numpy(train(config).learner))
-    with contextlib.closing(Environments(SMALL, 1)) as envs:
-        untrained = to_numpy(new_learner(envs, SMALL))
-    for name, x in found[0].items():
-        np.testing.assert_allclose(found[1][name], x, rtol=0, atol=1e-5, err_msg=name)
-        assert np.abs(x - untrained[name]).max() > 1e-4 or name.startswith("optimizer."), name
-
-
 def test_the_carry_goes_on_until_new_episodes_begin(tmp_path, monkeypatch):
     """Across rollouts, and not across a checkpoint, which makes the environments anew."""
     begun, collect = [], ppo_lstm_jax.collect_rollout

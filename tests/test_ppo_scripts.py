@@ -27,7 +27,7 @@ OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
 each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
 each = pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=lambda module: module.__name__)
 SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync", "learning_rate": 1e-3}
-OF_MEMORY = {"sequence_length": 8}
+OF_MEMORY = {"sequence_length": 8, "burn_in": 2, "recompute_hidden": True, "recompute_advantages": True}
 
 
 def configured(module: ModuleType, **flags):
