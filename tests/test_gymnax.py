@@ -293,6 +293,8 @@ def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeyp
     assert all(row["times/other"] >= 0 for row, _ in covered)
     phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
     assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()
+    glossary = (ROOT / "README.md").read_text()
+    assert all(f"`{key}`" in glossary for row in rows for key in row if key.startswith(("times/", "losses/")))
     assert ("times/loss" in covered[0][0]) == bool(timing_interval)
     if timing_interval:
         assert np.median([row["times/other"] / row["times/iteration"] for row, _ in covered]) < 0.1
