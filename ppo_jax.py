@@ -1329,10 +1329,9 @@ def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
 
 def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
     """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
-    largest = {"observation": transitions.observations, "final_observation": transitions.final_observations}
-    largest |= {"reward": transitions.returns}
     newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
-    return newest, {name: jnp.abs(x).max() for name, x in largest.items()}
+    largest = [jnp.abs(x).max() for x in (transitions.observations, transitions.final_observations)]
+    return newest, {"observation": jnp.maximum(*largest), "reward": jnp.abs(transitions.returns).max()}
 
 
 def iterate_on_device(
