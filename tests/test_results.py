@@ -42,6 +42,12 @@ def test_off_policy_ratios_compare_neighbours_in_time():
     ]
 
 
+def test_processes_table_in_the_readme_is_that_of_the_records():
+    lines = (ROOT / "results" / "processes.csv").read_text().splitlines()
+    rows = [(int(k), *names, int(number), int(x)) for k, *names, number, x in list(csv.reader(lines[1:]))[1:]]
+    assert processes.markdown_table(rows) in README
+
+
 def test_ratios_of_processes_compare_neighbours_in_time():
     rows = [(0, "vpg_torch.py", "A", 1, 100), (0, "vpg_torch.py", "A", 2, 150)]
     rows += [(1, "vpg_torch.py", "A", 1, 300), (1, "vpg_torch.py", "A", 2, 600)]
