@@ -582,14 +582,14 @@ def train(config: Config) -> Result:
     config = checked_for_gymnax(validate(config))
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
-    kind = GymnaxEnvironments if is_gymnax(config) else Environments
-    with contextlib.closing(kind(config, config.num_envs)) as envs:
+    new_environments = GymnaxEnvironments if is_gymnax(config) else Environments
+    with contextlib.closing(new_environments(config, config.num_envs)) as envs:
         learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
         if config.load_model and not has_checkpoint(config):
             learner = loaded(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        kind = Run if config.num_seeds == 1 else SeedsRun
-        with kind(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
+        new_run = Run if config.num_seeds == 1 else SeedsRun
+        with new_run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():

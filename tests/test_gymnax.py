@@ -23,7 +23,7 @@ from gymnax.environments import environment, spaces
 
 import ppo_jax
 from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
-from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
+from tests.test_ppo_torch import PHASES, assert_times_add_up, inspect, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
@@ -286,11 +286,7 @@ def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeyp
     clock = watched_clock(ppo_jax, monkeypatch)
     ppo_jax.train(dataclasses.replace(config, eval_interval=16384, eval_episodes=2, run_dir=str(tmp_path / "run")))
     _, rows = inspect(tmp_path / "run")
-    covered = timing_rows(rows)
-    inside = sum(row["times/iteration"] * number for row, number in covered)
-    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
-    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
-    assert all(row["times/other"] >= 0 for row, _ in covered)
+    covered = assert_times_add_up(rows, clock)
     phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
     assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()
     glossary = (ROOT / "README.md").read_text()

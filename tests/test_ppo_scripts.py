@@ -20,7 +20,7 @@ import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
 from tests.backends import unfinished_zero
-from tests.test_ppo_torch import PHASES, inspect, timing_rows, watched_clock
+from tests.test_ppo_torch import PHASES, assert_times_add_up, inspect, watched_clock
 from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, assert_resumes_to_the_bit
 
 OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
@@ -152,11 +152,7 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
     clock = watched_clock(module, monkeypatch)
     module.train(config)
     recorded_config, rows = inspect(tmp_path / "run")
-    covered = timing_rows(rows)
-    inside = sum(row["times/iteration"] * number for row, number in covered)
-    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
-    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
-    assert all(row["times/other"] >= 0 for row, _ in covered)
+    covered = assert_times_add_up(rows, clock)
     timed = [row for row, _ in covered if "times/loss" in row]
     assert len(timed) == 30 * timing_interval
     if timed:

@@ -929,6 +929,16 @@ def timing_rows(rows: list[dict]) -> list[tuple[dict[str, float], int]]:
     return list(zip(rows, np.diff([0, *ends]).tolist(), strict=True))
 
 
+def assert_times_add_up(rows: list[dict], clock: list[float]) -> list[tuple[dict[str, float], int]]:
+    """To the time that passed by a `watched_clock` -> the `timing_rows`"""
+    covered = timing_rows(rows)
+    inside = sum(row["times/iteration"] * number for row, number in covered)
+    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
+    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
+    assert all(row["times/other"] >= 0 for row, _ in covered)
+    return covered
+
+
 def watched_clock(module: ModuleType, monkeypatch) -> list[float]:
     """Times at which the iterations of the next run begin and at which it has concluded, by a clock of its own."""
     clock, iterations, conclude = [], module.Run.iterations, module.Run.conclude
@@ -961,12 +971,8 @@ def test_the_record_adds_up_to_the_wall_clock(tmp_path, monkeypatch, config):
     clock = watched_clock(ppo_torch, monkeypatch)
     train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
     _, rows = inspect(tmp_path / "run")
-    covered = timing_rows(rows)
+    covered = assert_times_add_up(rows, clock)
     assert sum(number for _, number in covered) == config.num_iterations
-    inside = sum(row["times/iteration"] * number for row, number in covered)
-    outside = sum(row.get(f"times/{phase}", 0) for row in rows for phase in ("evaluation", "checkpoint", "probe"))
-    assert inside + outside == pytest.approx(clock[-1] - clock[0], rel=0.02)
-    assert all(row["times/other"] >= 0 for row, _ in covered)
     timed = [row for row, _ in covered if "times/loss" in row]
     assert len(timed) == (config.num_iterations // config.timing_interval if config.timing_interval else 0)
     if config.timing_interval == 1:
