@@ -205,14 +205,11 @@ class Agent(struct.PyTreeNode):
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """(B, *O) -> logits (B, sum(nvec)) or means (B, A), values (B,)"""
-        features = self.encode(observations)
-        return self.apply("actor", features), self.apply("critic", features).squeeze(-1)
-
-    def encode(self, observations: Tensor) -> Tensor:
-        return self.apply("encoder", observations.astype(self.weights.dtype)) if self.encoder else observations
-
-    def apply(self, network: str, x: Tensor) -> Tensor:
-        return getattr(self, network).apply({"params": self.params[network]}, x)
+        features, params = observations, self.params  # once: the gradient through each use is a vector of all weights
+        if self.encoder:
+            features = self.encoder.apply({"params": params["encoder"]}, observations.astype(self.weights.dtype))
+        policy, values = (getattr(self, name).apply({"params": params[name]}, features) for name in ("actor", "critic"))
+        return policy, values.squeeze(-1)
 
     @jax.jit
     def policy(self, observations: np.ndarray) -> Tensor:
@@ -225,6 +222,31 @@ def initial_params(network: nn.Module, key: Tensor, shape: tuple[int, ...]) -> d
     return network.init(key, jnp.zeros((1, *shape)))["params"]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: Tensor, kernel: Tensor, dimension_numbers: tuple, precision: None) -> Tensor:
+    """(B, I), (I, J) -> (B, J)"""
+    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+
+
+def product_and_inputs(x: Tensor, kernel: Tensor, *how) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return product(x, kernel, *how), (x, kernel)
+
+
+def product_gradients(dimension_numbers: tuple, precision: None, inputs: tuple, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """What JAX would find, in an order that XLA is fast at: for B >> I = J, xᵀ dy takes a CPU 2.5 times as long as x W,
+    and half of that once xᵀ stands in memory; for J << I a tenth, as (dyᵀ x)ᵀ."""
+    (x, kernel), in_memory = inputs, jax.lax.optimization_barrier
+    if dy.shape[1] < x.shape[1]:
+        kernel_gradient = in_memory(dy.T @ x).T
+    else:
+        kernel_gradient = (in_memory(x.T) if dy.shape[1] == x.shape[1] else x.T) @ dy
+    return dy @ kernel.T, kernel_gradient
+
+
+product.defvjp(product_and_inputs, product_gradients)
+Dense = partial(nn.Dense, dot_general=product)
+
+
 class MLP(nn.Module):
     """Linear layers of these sizes with tanh between them; `gain` is the last layer's."""
 
@@ -234,8 +256,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Tensor) -> Tensor:
         for i, size in enumerate(self.sizes[:-1]):
-            x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
-        return initialised(nn.Dense, self.gain)(self.sizes[-1], name=f"{2 * len(self.sizes) - 2}")(x)
+            x = nn.tanh(initialised(Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
+        return initialised(Dense, self.gain)(self.sizes[-1], name=f"{2 * len(self.sizes) - 2}")(x)
 
 
 class NatureCNN(nn.Module):
@@ -250,7 +272,7 @@ class NatureCNN(nn.Module):
             layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
             x = nn.relu(layer(x))
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
-        return nn.relu(initialised(nn.Dense)(self.features, name="7")(x))
+        return nn.relu(initialised(Dense)(self.features, name="7")(x))
 
 
 class MinAtarCNN(nn.Module):
@@ -262,7 +284,7 @@ class MinAtarCNN(nn.Module):
     def __call__(self, images: Tensor) -> Tensor:
         x = nn.relu(initialised(nn.Conv)(16, (3, 3), padding="VALID", name="0")(images.transpose(0, 2, 3, 1)))
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, as above
-        return nn.relu(initialised(nn.Dense)(self.features, name="3")(x))
+        return nn.relu(initialised(Dense)(self.features, name="3")(x))
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -338,7 +360,8 @@ def log_probs_and_entropies(
     logits = jnp.split(policy, np.cumsum(nvec)[:-1], -1)
     parts = [nn.log_softmax(part) for part in logits]
     choices = jnp.split(actions, len(nvec), -1)
-    log_probs = [jnp.take_along_axis(part, action, -1).squeeze(-1) for part, action in zip(parts, choices, strict=True)]
+    chosen = [action == jnp.arange(n) for action, n in zip(choices, nvec, strict=True)]  # to gather would be slower
+    log_probs = [jnp.where(is_chosen, part, 0).sum(-1) for is_chosen, part in zip(chosen, parts, strict=True)]
     entropies = [-(jnp.exp(part) * part).sum(-1) for part in parts]
     return reduce(jnp.add, log_probs), reduce(jnp.add, entropies)
 
@@ -441,8 +464,12 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     values = values.reshape(observations.shape[:2])  # (T + 1, N)
     next_values = values[1:]
     if final_observations.ndim == observations.ndim:  # one for each step: compiled code cannot leave any out
-        _, final_values = agent(flatten(final_observations))
-        next_values = jnp.where(truncated > 0, final_values.reshape(truncated.shape), next_values)
+        final_values = jax.lax.cond(
+            (truncated > 0).any(),
+            lambda: agent(flatten(final_observations))[1].reshape(truncated.shape),
+            lambda: next_values,
+        )
+        next_values = jnp.where(truncated > 0, final_values, next_values)
     elif len(final_observations):
         _, final_values = agent(final_observations)
         rows = jnp.cumsum(truncated > 0).reshape(truncated.shape) - 1
@@ -538,34 +565,6 @@ def collect_rollout(
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
 
 
-def iterate(
-    learner: Learner,
-    envs: "Environments",
-    config: Config,
-    rng: np.random.Generator,
-    stopwatch: "Stopwatch",
-    is_timed: bool,
-) -> tuple[Learner, Rollout, Batch, dict[str, float]]:
-    """Rollout and update: on the device one compiled call; with Gymnasium's environments, each step and the update"""
-    if isinstance(envs, GymnaxEnvironments):
-        arguments = learner, envs.simulator, envs, config
-        if is_timed:
-            outcome = iterate_on_device(*arguments, stopwatch.timed)
-        else:
-            outcome = stopwatch.timed("update", iterate_on_device, *arguments, envs.plainly)
-        learner, envs.simulator, (transitions, largest), batch, metrics = outcome
-        check_finite(config.env_id, **largest)
-        envs.add_episodes(transitions)
-        return learner, transitions, batch, on_host(metrics)
-    rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
-    arguments = learner, rollout, config, rng
-    if is_timed:
-        learner, batch, metrics = update(*arguments, stopwatch.timed)
-    else:
-        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
-    return learner, rollout, batch, metrics
-
-
 # ----------------------------------------------------------------------------------------------------------- train
 
 
@@ -588,7 +587,7 @@ def train(config: Config) -> Result:
         if config.load_model and not has_checkpoint(config):
             learner = loaded(config.load_model, learner, envs)
         stopwatch = new_stopwatch(learner, config)
-        new_run = Run if config.num_seeds == 1 else SeedsRun
+        new_run = Run if not is_gymnax(config) else DeviceRun if config.num_seeds == 1 else SeedsRun
         with new_run(config, envs, stopwatch, algorithm="ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
@@ -596,7 +595,17 @@ def train(config: Config) -> Result:
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
                 is_timed = run.is_timed(iteration)
-                learner, rollout, batch, metrics = iterate(learner, envs, config, rng, stopwatch, is_timed)
+                if is_gymnax(config):
+                    rates = [annealed_learning_rate(i, config) for i in run.iterations_of_call()]
+                    outcome = collect_and_update(learner, envs, rates, config, stopwatch, is_timed)
+                    learner, rollout, batch, metrics = outcome
+                else:
+                    rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+                    arguments = learner, rollout, config, rng
+                    if is_timed:
+                        learner, batch, metrics = update(*arguments, stopwatch.timed)
+                    else:
+                        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
                 if is_timed:
                     stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
@@ -760,6 +769,8 @@ def each_epoch(
     def step(carry: tuple[Learner, Tensor], permutation: Tensor) -> tuple:
         learner, is_over = carry
         updated, metrics = epoch(learner, permutation)
+        if config.target_kl is None:
+            return (updated, is_over), (metrics, is_over)
         learner = jax.tree.map(partial(jnp.where, is_over), learner, updated)
         return (learner, is_over | (metrics["approx_kl"] > limit)), (metrics, is_over)
 
@@ -1093,6 +1104,7 @@ def evaluate(
 
 BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
 SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
+STEPS_OF_A_CALL = 16_384  # in which iterations of fewer steps share a call, whose price is some milliseconds
 
 
 class Simulator(NamedTuple):
@@ -1137,6 +1149,8 @@ class GymnaxEnvironments:
         self.advance_alone = jax.jit(self.advance)
         self.simulator, self.episodes = None, []
         self.evaluated, self.evaluated_seed = None, 0  # from --seed on
+        is_image = len(self.observation_shape) == 3  # XLA's convolutions on a CPU are slow inside a loop
+        self.iterations_of_call = 1 if is_image else max(1, STEPS_OF_A_CALL // config.batch_size)
 
     def restart(self, *seed: int) -> None:
         """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
@@ -1279,8 +1293,10 @@ class Permutations:
 
 
 def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
-    """Sorts by random numbers, once; jax.random.permutation sorts long arrays twice, lest two numbers are the same."""
-    return jnp.argsort(jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,)))
+    """Sorts random numbers whose last bits are the positions; XLA sorts one array five times as fast as a pair."""
+    positions = jnp.uint32(2 ** (size - 1).bit_length() - 1)
+    bits = jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,))
+    return jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
 
 
 def draw(simulator: Simulator, purpose: int) -> Tensor:
@@ -1344,13 +1360,61 @@ def iterate_on_device(
     return learner, simulator, timed("step", digest, transitions), batch, metrics
 
 
+def iterate_fused(
+    learner: Learner, simulator: Simulator, rates: Tensor, envs: GymnaxEnvironments, config: Config, count: Tensor
+) -> tuple[Learner, Simulator, tuple, Batch, dict[str, Tensor]]:
+    """`count` iterations in one call, with a learning rate each -> as one iteration: the rollouts follow one another in
+    the transitions (zeros after the last), the batch is the last, metrics are means"""
+    iterate = partial(iterate_on_device, envs=envs, config=config, timed=envs.plainly)
+    if len(rates) == 1:
+        return iterate(learner, simulator)
+
+    def iteration(i: Tensor, carry: tuple) -> tuple:
+        learner, simulator, (transitions, largest), _, totals = carry
+        learner = learner._replace(learning_rate=jnp.full_like(learner.learning_rate, rates[i]))
+        learner, simulator, (newest, numbers), batch, metrics = iterate(learner, simulator)
+        put = jax.lax.dynamic_update_slice_in_dim
+        transitions = jax.tree.map(lambda whole, x: put(whole, x, i * len(x), 0), transitions, newest)
+        largest, totals = jax.tree.map(jnp.maximum, largest, numbers), jax.tree.map(jnp.add, totals, metrics)
+        return learner, simulator, (transitions, largest), batch, totals
+
+    outputs = jax.tree.map(jnp.zeros_like, jax.eval_shape(iterate, learner, simulator)[2:])
+    (transitions, largest), *rest = outputs
+    transitions = jax.tree.map(lambda x: jnp.repeat(x, len(rates), 0), transitions)
+    carry = learner, simulator, (transitions, largest), *rest
+    *outcome, totals = jax.lax.fori_loop(0, count, iteration, carry)
+    return *outcome, jax.tree.map(lambda x: x / count, totals)
+
+
+def collect_and_update(
+    learner: Learner,
+    envs: GymnaxEnvironments,
+    rates: list[float],
+    config: Config,
+    stopwatch: "Stopwatch",
+    is_timed: bool,
+) -> tuple[Learner, Transition, Batch, dict[str, float]]:
+    """One iteration phase by phase, or one for each learning rate in one call"""
+    if is_timed:
+        outcome = iterate_on_device(learner, envs.simulator, envs, config, stopwatch.timed)
+    else:
+        all_rates = np.zeros(envs.iterations_of_call, learner.agent.weights.dtype)
+        all_rates[: len(rates)] = rates
+        arguments = learner, envs.simulator, all_rates, envs, config, np.int32(len(rates))
+        outcome = stopwatch.timed("update", iterate_fused, *arguments)
+    learner, envs.simulator, (transitions, largest), batch, metrics = outcome
+    check_finite(config.env_id, **largest)
+    envs.add_episodes(transitions)
+    return learner, transitions, batch, on_host(metrics)
+
+
 def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
     """What runs in place of each function: compiled, and for many seeds at once where there are many"""
     over_seeds = partial(compiled, over_seeds=envs.config.num_seeds > 1)
     plain = envs.blank, as_rollout, digest, averaged, explained_variance
     with_config = draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient
     return {
-        iterate_on_device: over_seeds(iterate_on_device, constant=(2, 3, 4), donated=(0, 1)),
+        iterate_fused: over_seeds(iterate_fused, shared=(2, 5), constant=(3, 4), donated=(0, 1)),
         collect_on_device: over_seeds(collect_on_device, constant=(2, 3, 4)),
         envs.write: over_seeds(envs.write, shared=(3,), donated=(0, 1)),
         choose_actions: over_seeds(choose_actions, shared=(3,)),
@@ -1392,7 +1456,7 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
     simulator, unread = envs.simulator, Stopwatch(stopwatch.fence, stopwatch.compiled)
     learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
     for is_timed in (False, False, config.timing_interval > 0):
-        learner, _, batch, _ = iterate(learner, envs, config, np.random.default_rng(0), unread, is_timed)
+        learner, _, batch, _ = collect_and_update(learner, envs, [config.learning_rate], config, unread, is_timed)
     probe(learner, envs, batch, config, unread)
     envs.simulator, envs.episodes = simulator, []
 
@@ -1734,7 +1798,42 @@ class Run:
         return returns
 
 
-class SeedsRun(Run):
+class DeviceRun(Run):
+    """Where a fused call holds several iterations: then every --timing-interval-th call is a timed iteration."""
+
+    def __init__(self, *arguments, **about: str):
+        super().__init__(*arguments, **about)
+        self.added = self.iteration  # to the row
+
+    def is_timed(self, iteration: int) -> bool:
+        interval = self.config.timing_interval
+        return interval > 0 and iteration % ((interval - 1) * self.envs.iterations_of_call + 1) == 0
+
+    def iterations_of_call(self) -> range:
+        """From this iteration to the last that the next call holds: until one is timed or something is due"""
+        first, config = self.iteration, self.config
+        while not (
+            self.iteration - first == self.envs.iterations_of_call - 1
+            or self.iteration == config.num_iterations
+            or self.is_timed(self.iteration)
+            or self.is_timed(self.iteration + 1)
+            or self.is_due(config.eval_interval)
+            or self.is_due(config.checkpoint_every)
+        ):
+            self.iteration += 1
+        return range(first, self.iteration + 1)
+
+    def add(self, values: dict[str, float]) -> None:
+        """A call's seconds are shared by its iterations."""
+        num_iterations = 1
+        if "times/iteration" in values:
+            num_iterations, self.added = self.iteration - self.added, self.iteration
+        values = {name: x / num_iterations if name.startswith("times/") else x for name, x in values.items()}
+        for _ in range(num_iterations):
+            super().add(values)
+
+
+class SeedsRun(DeviceRun):
     """Many seeds, a W&B run each in seed_<k>/. A row's values of seed k go by the name seed_<k>.…, the rest to all."""
 
     POOLED = ("charts/episodic", "charts/return", "charts/evaluation", "histograms/")  # what is not of one seed

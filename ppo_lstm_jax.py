@@ -392,7 +392,8 @@ def log_probs_and_entropies(
     logits = jnp.split(policy, np.cumsum(nvec)[:-1], -1)
     parts = [nn.log_softmax(part) for part in logits]
     choices = jnp.split(actions, len(nvec), -1)
-    log_probs = [jnp.take_along_axis(part, action, -1).squeeze(-1) for part, action in zip(parts, choices, strict=True)]
+    chosen = [action == jnp.arange(n) for action, n in zip(choices, nvec, strict=True)]  # to gather would be slower
+    log_probs = [jnp.where(is_chosen, part, 0).sum(-1) for is_chosen, part in zip(chosen, parts, strict=True)]
     entropies = [-(jnp.exp(part) * part).sum(-1) for part in parts]
     return reduce(jnp.add, log_probs), reduce(jnp.add, entropies)
 

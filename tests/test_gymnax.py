@@ -242,6 +242,47 @@ def test_timing_leaves_the_weights_alone(tmp_path):
         assert np.abs(fused[name] - untrained[name]).max() > 1e-4, name
 
 
+def calls_and_record(folder: Path, monkeypatch, steps_of_a_call: int, **flags) -> tuple[int, dict, list[dict]]:
+    """How many calls a run takes, its model, its rows"""
+    monkeypatch.setattr(ppo_jax, "STEPS_OF_A_CALL", steps_of_a_call)
+    clock = watched_clock(ppo_jax, monkeypatch)
+    model = model_after(folder / str(steps_of_a_call), wandb_mode="offline", eval_episodes=2, **flags)
+    return len(clock) - 1, model, inspect(folder / str(steps_of_a_call))[1]
+
+
+def test_iterations_that_share_a_call_are_the_same_iterations(tmp_path, monkeypatch):
+    """Evaluations after 3 and 6, a checkpoint after 5, the end after 8: calls of 3, 2, 1 and 2 iterations"""
+    flags = {"total_timesteps": 8 * 64, "timing_interval": 0, "eval_interval": 3 * 64, "checkpoint_interval": 5 * 64}
+    flags["anneal_lr"] = True
+    calls, model, rows = calls_and_record(tmp_path, monkeypatch, 8 * 64, **flags)
+    one_by_one, expected, expected_rows = calls_and_record(tmp_path, monkeypatch, 64, **flags)
+    assert (calls, one_by_one) == (4, 8)
+    for name in expected:
+        np.testing.assert_allclose(model[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
+    for key in ("charts/evaluation_return", "charts/return_last_100"):
+        assert rows[-1][key] == expected_rows[-1][key]
+
+
+def test_every_second_call_is_a_timed_iteration(tmp_path, monkeypatch):
+    """Of 8 iterations otherwise: 8, one timed, 8, one timed, and the last 2"""
+    flags = {"total_timesteps": 20 * 64, "timing_interval": 2, "checkpoint_interval": 10**6}
+    calls, _, rows = calls_and_record(tmp_path, monkeypatch, 8 * 64, **flags)
+    timed = [row["charts/iteration"] for row in rows if "times/loss" in row]
+    assert (calls, timed) == (5, [9, 18])
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5), (4, 4)])
+def test_the_gradient_of_a_product(sizes):
+    """In each of the three orders, by the formulas x' dy and dy W' in float64"""
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (rng.normal(size=size) for size in ((7, sizes[0]), sizes, (7, sizes[1])))
+    layer = ppo_jax.Dense(sizes[1], use_bias=False)
+    inputs = jnp.float32(x), jnp.float32(kernel)
+    y, gradients = jax.vjp(lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x), *inputs)
+    for found, expected in zip((y, *gradients(jnp.float32(dy))), (x @ kernel, dy @ kernel.T, x.T @ dy), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_target_kl_ends_an_update_in_compiled_code_too(tmp_path):
     """After the first epoch, as with --update-epochs 1; phase by phase likewise"""
     config = config_of(target_kl=1e-9)
@@ -250,7 +291,7 @@ def test_target_kl_ends_an_update_in_compiled_code_too(tmp_path):
         learner, envs = opened(one)
         stopwatch = ppo_jax.new_stopwatch(learner, one)
         stopwatch.compiled |= ppo_jax.compiled_on_device(envs)
-        learner, _, _, metrics = ppo_jax.iterate(learner, envs, one, None, stopwatch, len(outcomes) == 2)
+        learner, _, _, metrics = ppo_jax.collect_and_update(learner, envs, [1e-3], one, stopwatch, len(outcomes) == 2)
         outcomes.append((np.asarray(learner.agent.weights), metrics))
     for weights, metrics in outcomes:
         np.testing.assert_allclose(weights, outcomes[1][0], rtol=0, atol=1e-6)
@@ -396,7 +437,7 @@ stopwatch = ppo_jax.new_stopwatch(learner, config)
 stopwatch.compiled |= ppo_jax.compiled_on_device(envs)
 found = []
 for is_timed in (False, False, True):
-    learner, _, _, metrics = ppo_jax.iterate(learner, envs, config, None, stopwatch, is_timed)
+    learner, _, _, metrics = ppo_jax.collect_and_update(learner, envs, [1e-3], config, stopwatch, is_timed)
     found.append({name: np.asarray(x).tolist() for name, x in metrics.items()})
 split = [x for x in jax.tree.leaves(envs.simulator) if not x.sharding.is_fully_replicated]
 print(json.dumps([found, envs.mesh.size, len(split), np.asarray(learner.agent.weights).ravel().tolist()]))
