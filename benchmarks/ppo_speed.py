@@ -64,14 +64,19 @@ def measure_ours(contestant: str, total_timesteps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = {"total_timesteps": total_timesteps, "eval_episodes": 0, "run_dir": f"{folder}/run"}
         module.train(module.Config(**config | run))
-        rows = recorded_rows(Path(folder) / "run")
+        seconds, iterations = run_seconds(Path(folder) / "run")
+    return iterations * 512 / seconds
+
+
+def run_seconds(run_dir: Path) -> tuple[float, int]:
+    """Of a recorded run after compilation, and its iterations"""
     seconds, iterations = 0.0, 0
-    for row in rows:
+    for row in recorded_rows(run_dir):
         if "charts/iteration" in row:
             seconds += row["times/iteration"] * (row["charts/iteration"] - iterations)
             iterations = row["charts/iteration"]
         seconds += row.get("times/checkpoint", 0) + row.get("times/probe", 0)
-    return iterations * 512 / seconds
+    return seconds, iterations
 
 
 def recorded_rows(run_dir: Path) -> list[dict]:

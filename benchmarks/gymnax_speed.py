@@ -1,0 +1,161 @@
+"""Steps per second of ppo_jax.py with gymnax's CartPole on the device, beside PPO of Stable-Baselines3 with four
+environments of Gymnasium's: 4 to 4096 environments, one device and two, one seed and eight.
+
+    python benchmarks/gymnax_speed.py                writes results/gymnax_speed.csv and images/gymnax_speed.png,
+                                                     prints the table
+    python benchmarks/gymnax_speed.py --repeats 1    a quick look
+    python benchmarks/gymnax_speed.py --draw         table and figure of the recorded numbers again
+
+Every measurement is a fresh process, the contestants take turns, and each ratio compares runs of the same turn. Ours
+is the whole run after compilation, with recording and timing at their defaults, as its own record has it. Two devices
+are XLA's host devices, which share the machine's cores. Memory is the largest resident set of the whole process.
+"""
+
+import csv
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.ppo_speed import measure_peer, run_seconds  # noqa: E402
+
+SB3_STEPS = 100_000
+VERSIONS = ("stable-baselines3", "torch", "jax", "gymnax", "gymnasium", "numpy")
+
+
+class Contestant(NamedTuple):
+    num_envs: int
+    devices: int
+    num_seeds: int
+    steps: int  # of a seed; 0: SB3
+
+
+CONTESTANTS = (
+    Contestant(4, 1, 1, 0),
+    *(Contestant(num_envs, 1, 1, 2_097_152) for num_envs in (4, 16, 64, 256, 1024)),
+    Contestant(4096, 1, 1, 4_194_304),
+    *(Contestant(num_envs, 2, 1, 2_097_152) for num_envs in (64, 1024)),
+    Contestant(64, 1, 8, 524_288),
+)
+
+
+class Row(NamedTuple):
+    repeat: int
+    num_envs: int
+    devices: int
+    num_seeds: int
+    is_ours: bool
+    steps_per_second: int
+    mebibytes: int
+
+
+@dataclass(frozen=True)
+class Config:
+    repeats: int = 5  # runs of each contestant
+    output: Path = ROOT / "results" / "gymnax_speed.csv"  # one row a run
+    figure: Path = ROOT / "images" / "gymnax_speed.png"
+    draw: bool = False  # no measurement
+    only: int | None = None  # measure this contestant once, in this process, and print its steps per second and memory
+
+
+def measure(contestant: Contestant) -> float:
+    if not contestant.steps:
+        return measure_peer("stable_baselines3", SB3_STEPS)
+    import ppo_jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"num_envs": contestant.num_envs, "num_seeds": contestant.num_seeds, "eval_episodes": 0}
+        flags |= {"env_id": "gymnax/CartPole-v1", "total_timesteps": contestant.steps, "run_dir": f"{folder}/run"}
+        config = ppo_jax.Config(**flags)
+        ppo_jax.train(config)
+        record = Path(folder) / "run" / ("seed_0" if contestant.num_seeds > 1 else "")
+        seconds, iterations = run_seconds(record)
+    return contestant.num_seeds * iterations * config.batch_size / seconds
+
+
+def main(config: Config) -> None:
+    if config.only is not None:
+        speed = measure(CONTESTANTS[config.only])
+        print(speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    if not config.draw:
+        record(config)
+    rows = recorded(config.output)
+    draw(rows, config.figure)
+    print(markdown_table(rows))
+
+
+def record(config: Config) -> None:
+    rows = []
+    for repeat in range(config.repeats):
+        for number, contestant in enumerate(CONTESTANTS):
+            flags = f"--xla_force_host_platform_device_count={contestant.devices}"
+            command = [sys.executable, __file__, "--only", str(number)]
+            environment = os.environ | {"XLA_FLAGS": flags, "WANDB_SILENT": "true"}
+            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            speed, mebibytes = map(float, output.split()[-2:])
+            *which, steps = contestant
+            rows.append(Row(repeat, *which, bool(steps), round(speed), round(mebibytes)))
+            print(*rows[-1], file=sys.stderr)
+    versions = " ".join(f"{name} {version(name)}" for name in VERSIONS)
+    command = f"python benchmarks/gymnax_speed.py --repeats {config.repeats}"
+    with open(config.output, "w", newline="") as file:
+        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
+        csv.writer(file).writerows([Row._fields, *rows])
+
+
+def recorded(path: Path) -> list[Row]:
+    lines = path.read_text().splitlines()
+    rows = list(csv.reader(lines[1:]))[1:]
+    return [Row(*map(int, row[:4]), row[4] == "True", *map(int, row[5:])) for row in rows]
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Medians over the repeats, of steps per second and of the ratios to SB3 in the same repeat"""
+    sb3 = {row.repeat: row.steps_per_second for row in rows if not row.is_ours}
+    lines = ["| | environments | devices | seeds | steps/s, median (min to max) | ratio to SB3 | memory, MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for which in dict.fromkeys(row[1:5] for row in rows):
+        same = [row for row in rows if row[1:5] == which]
+        speeds = [row.steps_per_second for row in same]
+        ratios = [row.steps_per_second / sb3[row.repeat] for row in same]
+        *numbers, is_ours = which
+        cells = ["`ppo_jax.py`, gymnax" if is_ours else "SB3 (PyTorch)", *map(str, numbers)]
+        cells.append(f"{statistics.median(speeds):,.0f} ({min(speeds):,} to {max(speeds):,})")
+        cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
+        cells.append(f"{statistics.median(row.mebibytes for row in same):,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Steps per second and memory by the number of environments, of one device and one seed"""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    single = [row for row in rows if row.is_ours and row.devices == row.num_seeds == 1]
+    numbers = sorted({row.num_envs for row in single})
+    quantities = ("steps_per_second", "steps per second"), ("mebibytes", "memory of the process, MiB")
+    for ax, (field, title) in zip(axes, quantities, strict=True):
+        values = [[getattr(row, field) for row in single if row.num_envs == number] for number in numbers]
+        ax.fill_between(numbers, [min(x) for x in values], [max(x) for x in values], alpha=0.25)
+        ax.plot(numbers, [statistics.median(x) for x in values], marker="o")
+        ax.set(xscale="log", ylim=(0, None), xlabel="environments", title=title)
+        ax.set_xticks(numbers, map(str, numbers), minor=False)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
