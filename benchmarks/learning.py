@@ -52,6 +52,21 @@ ROWS = {
         "-172 ± 104 at 100k [2]",
         PPO,
     ),
+    "gymnax_cartpole": Row("--env-id gymnax/CartPole-v1", 10, "", ("ppo_jax",)),
+    "gymnax_pendulum": Row(
+        "--env-id gymnax/Pendulum-v1 --num-steps 512 --num-minibatches 32 --update-epochs 10 --gamma 0.9 "
+        "--learning-rate 1e-3 --ent-coef 0 --no-clip-vloss --total-timesteps 300000 --eval-episodes 100",
+        10,
+        "",
+        ("ppo_jax",),
+    ),
+    "gymnax_breakout": Row(
+        "--env-id gymnax/Breakout-MinAtar --num-envs 64 --num-minibatches 8 --learning-rate 5e-3 "
+        "--total-timesteps 10000000 --eval-interval 500000",
+        5,
+        "",
+        ("ppo_jax",),
+    ),
     "halfcheetah": Row(
         "--env-id HalfCheetah-v5 --num-envs 8 --num-steps 256 --num-minibatches 32 --update-epochs 10 "
         "--learning-rate 3e-4 --ent-coef 0 --norm-obs --norm-reward --total-timesteps 1000000",

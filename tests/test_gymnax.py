@@ -305,6 +305,14 @@ def test_a_seed_decides_everything(tmp_path):
         assert not np.array_equal(first[name], other[name]), name
 
 
+def test_a_convolution_as_a_product():
+    """Beside XLA's own"""
+    rng = np.random.default_rng(0)
+    images, kernel = (jnp.array(rng.normal(size=size), jnp.float32) for size in ((2, 7, 6, 3), (3, 2, 3, 5)))
+    expected = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(ppo_jax.convolution(images, kernel), expected, rtol=0, atol=1e-5)
+
+
 def test_a_small_image(tmp_path):
     """The CNN of MinAtar by torch's names; what the environment gives as (height, width, channels) is turned around."""
     model = model_after(tmp_path / "run", name="Breakout-MinAtar", num_steps=8, total_timesteps=32, eval_episodes=1)
