@@ -365,8 +365,9 @@ def test_killed_and_resumed(tmp_path):
     assert_resumes_to_the_bit(SCRIPT, tmp_path, *flags)
 
 
-def test_a_signal_ends_the_run_and_leaves_a_checkpoint(tmp_path):
-    assert_a_signal_leaves_a_checkpoint(SCRIPT, tmp_path, *FLAGS)
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_signal_ends_the_run_and_leaves_a_checkpoint(num_seeds, tmp_path):
+    assert_a_signal_leaves_a_checkpoint(SCRIPT, tmp_path, *FLAGS, "--num-seeds", num_seeds)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
