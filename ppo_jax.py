@@ -238,6 +238,7 @@ class MLP(nn.Module):
         return initialised(nn.Dense, self.gain)(self.sizes[-1], name=f"{2 * len(self.sizes) - 2}")(x)
 
 
+# twin: ppo_jax ppo_lstm_jax
 class NatureCNN(nn.Module):
     """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
 
@@ -253,6 +254,7 @@ class NatureCNN(nn.Module):
         return nn.relu(initialised(nn.Dense)(self.features, name="7")(x))
 
 
+# twin: ppo_jax ppo_lstm_jax
 class MinAtarCNN(nn.Module):
     """Small images (B, channels, height, width) of numbers about 1 -> (B, 128) (Young & Tian 2019, "MinAtar", §3)"""
 
@@ -727,11 +729,13 @@ def padded(rollout: Rollout) -> Rollout:
     return rollout._replace(final_observations=np.concatenate([observations, padding]))
 
 
+# twin: ppo_jax ppo_lstm_jax
 def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
     """NumPy's floats, unless JAX traces; float(x) would take 10 µs each."""
     return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
 
 
+# twin: ppo_jax ppo_lstm_jax
 def is_traced(x: Tensor) -> bool:
     """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
     return isinstance(x, jax.core.Tracer)
@@ -1095,6 +1099,7 @@ BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
 SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Simulator(NamedTuple):
     """N gymnax environments on the device, and all that decides what they do next."""
 
@@ -1106,6 +1111,7 @@ class Simulator(NamedTuple):
     lengths: Tensor  # (N,)
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Transition(NamedTuple):
     """One step (N, …), or a rollout of them (T, N, …)."""
 
@@ -1168,16 +1174,19 @@ class GymnaxEnvironments:
             return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, jax.P("devices")))
         return result
 
+    # twin: ppo_jax ppo_lstm_jax
     def first_episodes(self, key: Tensor) -> Simulator:
         keys, zeros = jax.random.split(key, 5), jnp.zeros(self.num_envs, jnp.int32)
         observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[BEGIN], self.num_envs))
         states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
         return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
 
+    # twin: ppo_jax ppo_lstm_jax
     def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
         observation, state = self.game.reset_env(key, self.params)
         return network_input(observation), state
 
+    # twin: ppo_jax ppo_lstm_jax
     def advance(self, simulator: Simulator, actions: Tensor) -> tuple[Simulator, Transition]:
         """(N, A) -> all environments one step on; an episode that ends there is followed by the next at once"""
 
@@ -1205,12 +1214,14 @@ class GymnaxEnvironments:
         following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
 
+    # twin: ppo_jax ppo_lstm_jax
     def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
         """`advance`, the step written into row t of (T, N, …)"""
         simulator, transition = self.advance(simulator, actions)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
         return simulator, jax.tree.map(put, transitions, transition)
 
+    # twin: ppo_jax ppo_lstm_jax
     def blank(self, simulator: Simulator) -> Transition:
         """(T, N, …), to be written"""
         actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
@@ -1238,6 +1249,7 @@ class GymnaxEnvironments:
         env = env + self.num_envs * seed[0] if seed else env
         self.episodes += zip(env.tolist(), returns, lengths, strict=True)
 
+    # twin: ppo_jax ppo_lstm_jax
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -1268,6 +1280,7 @@ class GymnaxEnvironments:
         self.simulator = self.on_devices(simulator._replace(keys=jax.random.wrap_key_data(simulator.keys)))
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Permutations:
     """What `update` asks of NumPy's generator, drawn on the device"""
 
@@ -1278,16 +1291,19 @@ class Permutations:
         return self.timed("shuffle", random_permutation, self.simulator, next(self.epoch), size)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
     """Sorts by random numbers, once; jax.random.permutation sorts long arrays twice, lest two numbers are the same."""
     return jnp.argsort(jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,)))
 
 
+# twin: ppo_jax ppo_lstm_jax
 def draw(simulator: Simulator, purpose: int) -> Tensor:
     """A key of its own for each purpose and step"""
     return jax.random.fold_in(simulator.keys[purpose], simulator.steps)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
     """`action_noise` on the device, (T, N, ·)"""
     shape, key = (config.num_steps, config.num_envs), draw(simulator, ACT)
@@ -1327,6 +1343,7 @@ def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
     return Rollout(observations, *transitions[1:6])
 
 
+# twin: ppo_jax ppo_lstm_jax
 def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
     """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
     newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
@@ -1397,6 +1414,7 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
     envs.simulator, envs.episodes = simulator, []
 
 
+# twin: ppo_jax ppo_lstm_jax
 def network_input(observation: Tensor) -> Tensor:
     """An image as (channels, height, width), bytes as they are; anything else as a vector"""
     observation = jnp.moveaxis(observation, -1, 0) if observation.ndim == 3 else observation.ravel()
@@ -1427,6 +1445,7 @@ def greedy(learner: Learner) -> Callable | list[Callable]:
     return partial(act, learner.agent) if is_single else [partial(act, one.agent) for one in unstacked(learner)]
 
 
+# twin: ppo_jax ppo_lstm_jax
 def is_gymnax(config: Config) -> bool:
     return config.env_id.startswith("gymnax/")
 
@@ -1444,6 +1463,7 @@ def checked_for_gymnax(config: Config) -> Config:
     return config
 
 
+# twin: ppo_jax ppo_lstm_jax
 def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
     """The game, its parameters, and its action space as Gymnasium's"""
     try:
