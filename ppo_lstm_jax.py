@@ -1405,12 +1405,12 @@ class GymnaxEnvironments:
         """Nothing runs outside this process."""
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """The simulator by its paths, such as environment.states.time, and the carry"""
+        """The simulator by its paths, such as environment.states.time, and the carry that its first rollout left"""
         if self.simulator is None:
             return {}
         simulator = self.simulator._replace(keys=jax.random.key_data(self.simulator.keys))
         arrays = {f"environment{keystr(path)}": np.asarray(x) for path, x in tree_leaves_with_path(simulator)}
-        return arrays | {"environment.carry": np.asarray(self.carry)}
+        return arrays if self.carry is None else arrays | {"environment.carry": np.asarray(self.carry)}
 
     def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
         if "environment.steps" not in arrays:
@@ -1418,7 +1418,7 @@ class GymnaxEnvironments:
         like = jax.eval_shape(self.first_episodes, jax.random.key(0))
         simulator = tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"environment{keystr(path)}"]), like)
         self.simulator = simulator._replace(keys=jax.random.wrap_key_data(simulator.keys))
-        self.carry = jnp.asarray(arrays["environment.carry"])
+        self.carry = jnp.asarray(arrays["environment.carry"]) if "environment.carry" in arrays else None
 
 
 class Masked:
