@@ -731,7 +731,6 @@ def test_an_image_game_on_the_device():
 
 
 def test_masked_cartpole_is_learnt_on_gymnax(tmp_path):
-    """A policy that sees positions alone keeps the pole up for about 40 steps."""
     flags = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "sequence_length": 16, "hidden_sizes": ()}
     flags |= {"lstm_size": 32, "lstm_layers": 1, "update_epochs": 4, "learning_rate": 3e-3, "eval_episodes": 10}
     flags |= {"total_timesteps": 100_000, "mask_velocity": True, "run_dir": str(tmp_path / "run")}
