@@ -222,31 +222,6 @@ def initial_params(network: nn.Module, key: Tensor, shape: tuple[int, ...]) -> d
     return network.init(key, jnp.zeros((1, *shape)))["params"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: Tensor, kernel: Tensor, dimension_numbers: tuple, precision: None) -> Tensor:
-    """(B, I), (I, J) -> (B, J)"""
-    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
-
-
-def product_and_inputs(x: Tensor, kernel: Tensor, *how) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    return product(x, kernel, *how), (x, kernel)
-
-
-def product_gradients(dimension_numbers: tuple, precision: None, inputs: tuple, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """What JAX would find, in an order that XLA is fast at: for B >> I = J, xᵀ dy takes a CPU 2.5 times as long as x W,
-    and half of that once xᵀ stands in memory; for J << I a tenth, as (dyᵀ x)ᵀ."""
-    (x, kernel), in_memory = inputs, jax.lax.optimization_barrier
-    if dy.shape[1] < x.shape[1]:
-        kernel_gradient = in_memory(dy.T @ x).T
-    else:
-        kernel_gradient = (in_memory(x.T) if dy.shape[1] == x.shape[1] else x.T) @ dy
-    return dy @ kernel.T, kernel_gradient
-
-
-product.defvjp(product_and_inputs, product_gradients)
-Dense = partial(nn.Dense, dot_general=product)
-
-
 class MLP(nn.Module):
     """Linear layers of these sizes with tanh between them; `gain` is the last layer's."""
 
@@ -260,6 +235,7 @@ class MLP(nn.Module):
         return initialised(Dense, self.gain)(self.sizes[-1], name=f"{2 * len(self.sizes) - 2}")(x)
 
 
+# twin: ppo_jax ppo_lstm_jax
 class NatureCNN(nn.Module):
     """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
 
@@ -275,16 +251,7 @@ class NatureCNN(nn.Module):
         return nn.relu(initialised(Dense)(self.features, name="7")(x))
 
 
-def convolution(images: Tensor, kernel: Tensor, *_, **__) -> Tensor:
-    """(B, H, W, I), (h, w, I, J) -> (B, H - h + 1, W - w + 1, J) as one product; XLA's own takes a CPU 20 times as long
-    in the loops of compiled code."""
-    h, w, _, outputs = kernel.shape
-    height, width = images.shape[1] - h + 1, images.shape[2] - w + 1
-    patches = [images[:, i : i + height, j : j + width] for i in range(h) for j in range(w)]
-    x = jnp.concatenate(patches, -1).reshape(len(images) * height * width, -1)
-    return product(x, kernel.reshape(-1, outputs), (((1,), (0,)), ((), ())), None).reshape(-1, height, width, outputs)
-
-
+# twin: ppo_jax ppo_lstm_jax
 class MinAtarCNN(nn.Module):
     """Small images (B, channels, height, width) of numbers about 1 -> (B, 128) (Young & Tian 2019, "MinAtar", §3)"""
 
@@ -653,6 +620,45 @@ def set_up_jax(config: Config) -> None:
     jax.config.update("jax_default_device", available.get(config.device))  # None: JAX chooses
 
 
+# twin: ppo_jax ppo_lstm_jax
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: Tensor, kernel: Tensor, dimension_numbers: tuple, precision: None) -> Tensor:
+    """(B, I), (I, J) -> (B, J)"""
+    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def product_and_inputs(x: Tensor, kernel: Tensor, *how) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return product(x, kernel, *how), (x, kernel)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def product_gradients(dimension_numbers: tuple, precision: None, inputs: tuple, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """What JAX would find, in an order that XLA is fast at: for B >> I = J, xᵀ dy takes a CPU 2.5 times as long as x W,
+    and half of that once xᵀ stands in memory; for J << I a tenth, as (dyᵀ x)ᵀ."""
+    (x, kernel), in_memory = inputs, jax.lax.optimization_barrier
+    if dy.shape[1] < x.shape[1]:
+        kernel_gradient = in_memory(dy.T @ x).T
+    else:
+        kernel_gradient = (in_memory(x.T) if dy.shape[1] == x.shape[1] else x.T) @ dy
+    return dy @ kernel.T, kernel_gradient
+
+
+product.defvjp(product_and_inputs, product_gradients)
+Dense = partial(nn.Dense, dot_general=product)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def convolution(images: Tensor, kernel: Tensor, *_, **__) -> Tensor:
+    """(B, H, W, I), (h, w, I, J) -> (B, H - h + 1, W - w + 1, J) as one product; XLA's own takes a CPU 20 times as long
+    in the loops of compiled code."""
+    h, w, _, outputs = kernel.shape
+    height, width = images.shape[1] - h + 1, images.shape[2] - w + 1
+    patches = [images[:, i : i + height, j : j + width] for i in range(h) for j in range(w)]
+    x = jnp.concatenate(patches, -1).reshape(len(images) * height * width, -1)
+    return product(x, kernel.reshape(-1, outputs), (((1,), (0,)), ((), ())), None).reshape(-1, height, width, outputs)
+
+
 def new_learner(envs: "Environments", config: Config) -> Learner:
     if config.num_seeds > 1:
         return stacked([new_learner(envs, one) for one in seeds(config)])
@@ -747,11 +753,13 @@ def padded(rollout: Rollout) -> Rollout:
     return rollout._replace(final_observations=np.concatenate([observations, padding]))
 
 
+# twin: ppo_jax ppo_lstm_jax
 def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
     """NumPy's floats, unless JAX traces; float(x) would take 10 µs each."""
     return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
 
 
+# twin: ppo_jax ppo_lstm_jax
 def is_traced(x: Tensor) -> bool:
     """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
     return isinstance(x, jax.core.Tracer)
@@ -1118,6 +1126,7 @@ SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
 STEPS_OF_A_CALL = 16_384  # in which iterations of fewer steps share a call, whose price is some milliseconds
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Simulator(NamedTuple):
     """N gymnax environments on the device, and all that decides what they do next."""
 
@@ -1129,6 +1138,7 @@ class Simulator(NamedTuple):
     lengths: Tensor  # (N,)
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Transition(NamedTuple):
     """One step (N, …), or a rollout of them (T, N, …)."""
 
@@ -1193,16 +1203,19 @@ class GymnaxEnvironments:
             return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, jax.P("devices")))
         return result
 
+    # twin: ppo_jax ppo_lstm_jax
     def first_episodes(self, key: Tensor) -> Simulator:
         keys, zeros = jax.random.split(key, 5), jnp.zeros(self.num_envs, jnp.int32)
         observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[BEGIN], self.num_envs))
         states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
         return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
 
+    # twin: ppo_jax ppo_lstm_jax
     def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
         observation, state = self.game.reset_env(key, self.params)
         return network_input(observation), state
 
+    # twin: ppo_jax ppo_lstm_jax
     def advance(self, simulator: Simulator, actions: Tensor) -> tuple[Simulator, Transition]:
         """(N, A) -> all environments one step on; an episode that ends there is followed by the next at once"""
 
@@ -1230,12 +1243,14 @@ class GymnaxEnvironments:
         following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
 
+    # twin: ppo_jax ppo_lstm_jax
     def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
         """`advance`, the step written into row t of (T, N, …)"""
         simulator, transition = self.advance(simulator, actions)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
         return simulator, jax.tree.map(put, transitions, transition)
 
+    # twin: ppo_jax ppo_lstm_jax
     def blank(self, simulator: Simulator) -> Transition:
         """(T, N, …), to be written"""
         actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
@@ -1263,6 +1278,7 @@ class GymnaxEnvironments:
         env = env + self.num_envs * seed[0] if seed else env
         self.episodes += zip(env.tolist(), returns, lengths, strict=True)
 
+    # twin: ppo_jax ppo_lstm_jax
     def pop_episodes(self) -> list[tuple[int, float, int]]:
         """(environment, return, length) of the episodes that ended since the last call"""
         episodes, self.episodes = self.episodes, []
@@ -1293,6 +1309,7 @@ class GymnaxEnvironments:
         self.simulator = self.on_devices(simulator._replace(keys=jax.random.wrap_key_data(simulator.keys)))
 
 
+# twin: ppo_jax ppo_lstm_jax
 class Permutations:
     """What `update` asks of NumPy's generator, drawn on the device"""
 
@@ -1303,6 +1320,7 @@ class Permutations:
         return self.timed("shuffle", random_permutation, self.simulator, next(self.epoch), size)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
     """Sorts random numbers whose last bits are the positions; XLA sorts one array five times as fast as a pair."""
     positions = jnp.uint32(2 ** (size - 1).bit_length() - 1)
@@ -1310,11 +1328,13 @@ def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
     return jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
 
 
+# twin: ppo_jax ppo_lstm_jax
 def draw(simulator: Simulator, purpose: int) -> Tensor:
     """A key of its own for each purpose and step"""
     return jax.random.fold_in(simulator.keys[purpose], simulator.steps)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
     """`action_noise` on the device, (T, N, ·)"""
     shape, key = (config.num_steps, config.num_envs), draw(simulator, ACT)
@@ -1354,6 +1374,7 @@ def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
     return Rollout(observations, *transitions[1:6])
 
 
+# twin: ppo_jax ppo_lstm_jax
 def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
     """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
     newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
@@ -1472,6 +1493,7 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
     envs.simulator, envs.episodes = simulator, []
 
 
+# twin: ppo_jax ppo_lstm_jax
 def network_input(observation: Tensor) -> Tensor:
     """An image as (channels, height, width), bytes as they are; anything else as a vector"""
     observation = jnp.moveaxis(observation, -1, 0) if observation.ndim == 3 else observation.ravel()
@@ -1502,6 +1524,7 @@ def greedy(learner: Learner) -> Callable | list[Callable]:
     return partial(act, learner.agent) if is_single else [partial(act, one.agent) for one in unstacked(learner)]
 
 
+# twin: ppo_jax ppo_lstm_jax
 def is_gymnax(config: Config) -> bool:
     return config.env_id.startswith("gymnax/")
 
@@ -1519,6 +1542,7 @@ def checked_for_gymnax(config: Config) -> Config:
     return config
 
 
+# twin: ppo_jax ppo_lstm_jax
 def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
     """The game, its parameters, and its action space as Gymnasium's"""
     try:

@@ -88,6 +88,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.utils import update_mean_var_count_from_moments
 from jax import Array as Tensor
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -104,7 +105,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
+    env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5, dm_control/domain-task-v0, gymnax/Id
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
@@ -201,8 +202,10 @@ class Agent(struct.PyTreeNode):
     @classmethod
     def create(cls, observation_shape: tuple[int, ...], nvec: tuple[int, ...], action_dim: int, config: Config):
         is_image = len(observation_shape) == 3
-        sizes, features = ((), (512,)) if is_image else (config.hidden_sizes, observation_shape)
-        encoder = NatureCNN() if is_image else None
+        encoder = None
+        if is_image:
+            encoder = NatureCNN() if min(observation_shape[1:]) >= SMALLEST_NATURE else MinAtarCNN()
+        sizes, features = ((), (encoder.features,)) if is_image else (config.hidden_sizes, observation_shape)
         network = partial(RecurrentNetwork, sizes, config.lstm_size, config.lstm_layers)
         actor, critic = network(outputs=sum(nvec) or action_dim, gain=0.01), network(outputs=1, gain=1.0)
         step = (1, 1, *features), (1, config.lstm_layers, 2, config.lstm_size), (1, 1)  # x, carry, starts
@@ -277,31 +280,26 @@ class RecurrentNetwork(nn.Module):
             w_ih = self.param(f"lstm.kernel_ih_l{layer}", orthogonal, (x.shape[-1], size))
             w_hh = self.param(f"lstm.kernel_hh_l{layer}", orthogonal, (self.lstm_size, size))
             b = self.param(f"lstm.bias_ih_l{layer}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
-
-            def step(state: tuple, inputs: tuple, w_hh: Tensor = w_hh) -> tuple:
-                (h, c), (gates, keep) = state, inputs
-                i, f, g, o = jnp.split(gates + keep * h @ w_hh, 4, -1)
-                c = nn.sigmoid(f) * keep * c + nn.sigmoid(i) * nn.tanh(g)
-                h = nn.sigmoid(o) * nn.tanh(c)
-                return (h, c), (h, c)
-
-            # x @ w_ih is one product for all steps, (S, B, 4H)
-            _, (x, cells) = jax.lax.scan(step, (carry[:, layer, 0], carry[:, layer, 1]), (x @ w_ih + b, keep))
+            gates = x @ w_ih + b  # (S, B, 4H), one product for all steps
+            x, cells = lstm(gates, keep, w_hh, carry[:, layer, 0], carry[:, layer, 1])
             carries.append(jnp.stack([x, cells], 2))
         return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), jnp.stack(carries, 2)
 
 
-class NatureCNN(nn.Module):
-    """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
+def lstm(gates: Tensor, keep: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """What the input adds to the gates (S, B, 4H), 0 where an episode begins (S, B, 1), W_hh (H, 4H), output and cell
+    before (B, H) -> both after each step (S, B, H)"""
+    halves = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], gates.dtype), h.shape[-1])
 
-    @nn.compact
-    def __call__(self, images: Tensor) -> Tensor:
-        x = images.transpose(0, 2, 3, 1) / 255
-        for i, (channels, side, stride) in enumerate([(32, 8, 4), (64, 4, 2), (64, 3, 1)]):
-            layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
-            x = nn.relu(layer(x))
-        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
-        return nn.relu(initialised(nn.Dense)(512, name="7")(x))
+    def step(state: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple:
+        (h, c), (gates, keep) = state, inputs
+        # with σ(x) = (1 + tanh(x / 2)) / 2, one call for all gates: XLA is six times as slow with each by itself
+        i, f, g, o = jnp.split(jnp.tanh(halves * (gates + (keep * h) @ w_hh)), 4, -1)
+        c = (1 + f) / 2 * keep * c + (1 + i) / 2 * g
+        h = (1 + o) / 2 * jnp.tanh(c)
+        return (h, c), (h, c)
+
+    return jax.lax.scan(step, (h, c), (gates, keep))[1]
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -314,15 +312,16 @@ def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> 
 
 
 class Rollout(NamedTuple):
-    """What the environments gave, on the host, and the carry that acting began with."""
+    """What the environments gave, and the carry that acting began with."""
 
     observations: np.ndarray  # (T + 1, N, *O); the last row begins the next rollout
     actions: np.ndarray  # (T, N, A)
     rewards: np.ndarray  # (T, N)
     terminated: np.ndarray  # (T, N)
     truncated: np.ndarray  # (T, N), without those that terminated in the same step
-    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order
-    carry: Tensor  # (N, *C), on the device
+    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order; or
+    # (T, N, *O): what each step led to
+    carry: Tensor  # (N, *C)
 
 
 class Batch(NamedTuple):
@@ -508,8 +507,13 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     next_values = values[1:]
     if len(final_observations):
         rows = jnp.cumsum(truncated > 0) - 1  # of the final observations; what follows no truncation is not used
-        step = final_observations[rows][None], flatten(carries_after[:-1]), jnp.zeros((1, rows.size))
-        next_values = jnp.where(truncated > 0, agent(*step)[1].reshape(truncated.shape), next_values)
+        is_of_each_step = final_observations.ndim == observations.ndim
+        last = flatten(final_observations) if is_of_each_step else final_observations[rows]
+        step = last[None], flatten(carries_after[:-1]), jnp.zeros((1, rows.size))
+        final_values = jax.lax.cond(
+            truncated.any(), lambda: agent(*step)[1].reshape(truncated.shape), lambda: next_values
+        )
+        next_values = jnp.where(truncated > 0, final_values, next_values)
     advantages = gae(rewards, values[:-1], next_values, terminated, done, config.gamma, config.gae_lambda)
     log_probs, _ = log_probs_and_entropies(policy[:-1], agent.log_std, actions, agent.nvec)
     carries = jnp.concatenate([carry[None], carries_after[:-1]]) * (1 - starts)[..., None, None, None, None]
@@ -557,20 +561,19 @@ def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
     """At most K epochs -> learner, the batch before the first, losses/… averaged over all minibatches"""
-    batch = newest = timed("gae", make_batch, learner.agent, rollout, config)
-    epochs: list[dict[str, Tensor]] = []
-    for _ in range(config.update_epochs):
-        if epochs and config.recomputed:
-            recomputed = timed("gae", make_batch, learner.agent, rollout, config)
-            newest = newest._replace(**{name: getattr(recomputed, name) for name in config.recomputed})
-        permutation = rng.permutation(config.num_sequences)
-        learner, metrics = timed(None, update_epoch, learner, newest, permutation, config, timed)
-        epochs.append(metrics)
-        if config.target_kl is not None and metrics["approx_kl"] > config.target_kl:
-            break
-    metrics = {f"losses/{name}": sum(float(epoch[name]) for epoch in epochs) / len(epochs) for name in epochs[0]}
-    metrics["losses/explained_variance"] = float(timed("gae", explained_variance, batch))
-    return learner, batch, metrics
+    batch = timed("gae", make_batch, learner.agent, rollout, config)
+
+    def epoch(learner: Learner, batch: Batch, permutation: np.ndarray) -> tuple[Learner, dict[str, Tensor]]:
+        return timed(None, update_epoch, learner, batch, permutation, config, timed)
+
+    def recomputed(agent: Agent) -> Batch:
+        newest = timed("gae", make_batch, agent, rollout, config)
+        return batch._replace(**{name: getattr(newest, name) for name in config.recomputed})
+
+    permutations = (rng.permutation(config.num_sequences) for _ in range(config.update_epochs))
+    learner, metrics = each_epoch(epoch, learner, batch, recomputed, permutations, config)
+    metrics |= on_host({"explained_variance": timed("gae", explained_variance, batch)})
+    return learner, batch, {f"losses/{name}": value for name, value in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
@@ -619,6 +622,36 @@ def collect_rollout(
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations, carry)
 
 
+def iterate(
+    learner: Learner,
+    envs: "RecurrentEnvironments",
+    config: Config,
+    rng: np.random.Generator,
+    stopwatch: "Stopwatch",
+    is_timed: bool,
+) -> tuple[Learner, Rollout, Batch, dict[str, float]]:
+    """Rollout and update: on the device one compiled call; with Gymnasium's environments, each step and the update"""
+    carry = learner.agent.first_carry(config.num_envs) if envs.carry is None else envs.carry
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = learner, envs.simulator, carry, envs, config
+        if is_timed:
+            outcome = iterate_on_device(*arguments, stopwatch.timed)
+        else:
+            outcome = stopwatch.timed("update", iterate_on_device, *arguments, plainly)
+        learner, envs.simulator, envs.carry, (transitions, largest), batch, metrics = outcome
+        check_finite(config.env_id, **largest)
+        envs.add_episodes(transitions)
+        return learner, transitions, batch, on_host(metrics)
+    rollout = collect_rollout(learner.agent, carry, envs, config, rng, stopwatch.timed)
+    arguments = learner, rollout, config, rng
+    if is_timed:
+        learner, batch, metrics = update(*arguments, stopwatch.timed)
+    else:
+        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
+    envs.carry = batch.carries[-1]
+    return learner, rollout, batch, metrics
+
+
 # ----------------------------------------------------------------------------------------------------------- train
 
 
@@ -632,10 +665,11 @@ class Result(NamedTuple):
 def train(config: Config) -> Result:
     """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
     after SIGINT or SIGTERM, once a checkpoint is written."""
-    config = validate(config)
+    config = checked_for_gymnax(validate(config))
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
-    with contextlib.closing(Environments(config, config.num_envs)) as envs:
+    new_environments = GymnaxEnvironments if is_gymnax(config) else RecurrentEnvironments
+    with contextlib.closing(new_environments(config, config.num_envs)) as envs:
         learner, rng = new_learner(envs, config), np.random.default_rng(config.seed)
         if config.load_model and not has_checkpoint(config):
             learner = load_model(config.load_model, learner, envs)
@@ -643,18 +677,13 @@ def train(config: Config) -> Result:
         with Run(config, envs, stopwatch, algorithm="recurrent_ppo", device=device_name(learner)) as run:
             learner = run.restore(learner, rng, envs)
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
-            carry = learner.agent.first_carry(config.num_envs)
             for iteration in run.iterations():
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
-                rollout = collect_rollout(learner.agent, carry, envs, config, rng, stopwatch.timed)
-                if run.is_timed(iteration):
-                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
-                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
-                else:
-                    arguments = learner, rollout, config, rng, stopwatch.fused
-                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
-                carry = batch.carries[-1]
+                is_timed = run.is_timed(iteration)
+                learner, rollout, batch, metrics = iterate(learner, envs, config, rng, stopwatch, is_timed)
+                if is_timed:
+                    stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
@@ -662,7 +691,6 @@ def train(config: Config) -> Result:
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
-                    carry = learner.agent.first_carry(config.num_envs)
             returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
     return Result(learner, returns, run.directory)
 
@@ -733,6 +761,8 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
 
     One rollout has no final observation and the other has one: `make_batch` is compiled for both.
     """
+    if isinstance(envs, GymnaxEnvironments):
+        return warm_up_on_device(learner, envs, config, stopwatch)
     if config.eval_episodes:
         shape = config.eval_episodes, *envs.observation_shape
         act(learner.agent, np.zeros(shape, envs.observation_dtype), np.zeros(config.eval_episodes, bool))
@@ -749,11 +779,18 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1], carry=batch.carries[-1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
     _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
-    probe_loss(learner.agent, batch, config, unread)
+    probe(learner, envs, batch, config, unread)
 
 
-def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
-    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches."""
+def probe(
+    learner: Learner, envs: "RecurrentEnvironments", batch: Batch, config: Config, stopwatch: "Stopwatch"
+) -> None:
+    """Clocks parts of the loss, each compiled by itself, on one minibatch, as seconds of all minibatches; and the
+    rollout that one call on the device holds, by itself."""
+    agent = learner.agent
+    if isinstance(envs, GymnaxEnvironments):
+        arguments = agent, envs.simulator, envs.carry, envs, config, plainly
+        stopwatch.timed("update/rollout", collect_on_device, *arguments)
     minibatch = stopwatch.fused(None, minibatches, batch, np.arange(config.num_sequences), config)[0]
     stopwatch.fused(None, forward, agent, minibatch, config)  # the first call finds cold caches
     timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
@@ -775,9 +812,16 @@ def padded(rollout: Rollout) -> Rollout:
     return rollout._replace(final_observations=np.concatenate([observations, padding]))
 
 
-def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, np.ndarray]:
-    """NumPy's, unless JAX traces: `update` makes floats of them, which takes 10 µs each from JAX's arrays."""
-    return {name: x if isinstance(x, jax.core.Tracer) else np.asarray(x) for name, x in metrics.items()}
+# twin: ppo_jax ppo_lstm_jax
+def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
+    """NumPy's floats, unless JAX traces; float(x) would take 10 µs each."""
+    return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
+
+
+# twin: ppo_jax ppo_lstm_jax
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -786,12 +830,47 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:])
 
 
+def each_epoch(
+    epoch: Callable,
+    learner: Learner,
+    batch: Batch,
+    recomputed: Callable[[Agent], Batch],
+    permutations: Iterator[np.ndarray],
+    config: Config,
+) -> tuple[Learner, dict[str, Tensor]]:
+    """-> learner, metrics averaged over the epochs until one passes --target-kl; all epochs but the first have a batch
+    in which something is computed anew, where that is asked for"""
+    limit = math.inf if config.target_kl is None else config.target_kl
+    if not is_traced(learner.agent.weights):
+        epochs: list[dict[str, float]] = []
+        for permutation in permutations:
+            newest = recomputed(learner.agent) if epochs and config.recomputed else batch
+            learner, metrics = epoch(learner, newest, permutation)
+            epochs.append(metrics)
+            if metrics["approx_kl"] > limit:
+                break
+        return learner, {name: sum(metrics[name] for metrics in epochs) / len(epochs) for name in epochs[0]}
+
+    def step(carry: tuple[Learner, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple:
+        (learner, is_over), (is_first, permutation) = carry, inputs
+        newest = batch
+        if config.recomputed:
+            newest = jax.lax.cond(is_first | is_over, lambda: batch, lambda: recomputed(learner.agent))
+        updated, metrics = epoch(learner, newest, permutation)
+        learner = jax.tree.map(partial(jnp.where, is_over), learner, updated)
+        return (learner, is_over | (metrics["approx_kl"] > limit)), (metrics, is_over)
+
+    inputs = jnp.arange(config.update_epochs) == 0, jnp.stack([*permutations])
+    (learner, _), (metrics, is_over) = jax.lax.scan(step, (learner, jnp.array(False)), inputs)
+    return learner, {name: jnp.average(x, weights=~is_over) for name, x in metrics.items()}
+
+
 def each_minibatch(
     step: Callable, learner: Learner, parts: list[Minibatch]
 ) -> tuple[Learner, dict[str, Tensor], Tensor]:
     """-> learner, mean losses, log-ratios (M, S, B). jax.lax.scan where JAX traces the whole epoch, and else the same
     as a loop, whose steps are calls that can be timed."""
-    if isinstance(parts[0].values, jax.core.Tracer):
+    if is_traced(parts[0].values):
         unroll = bool(learner.agent.encoder)  # XLA's convolutions on CPU take 14 times as long inside a loop of its own
         learner, outputs = jax.lax.scan(step, learner, stacked(parts), unroll=unroll)
         return learner, *averaged(outputs)
@@ -849,6 +928,78 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
         adam = type(adam)(*(jnp.array(arrays[f"optimizer.{name}"]) for name in adam._fields))
     agent = learner.agent.replace(weights=ravel_pytree(unflatten_dict(params))[0])
     return learner._replace(agent=agent, optimizer=(adam, rest))
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+# twin: ppo_jax ppo_lstm_jax
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: Tensor, kernel: Tensor, dimension_numbers: tuple, precision: None) -> Tensor:
+    """(B, I), (I, J) -> (B, J)"""
+    return jax.lax.dot_general(x, kernel, dimension_numbers, precision)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def product_and_inputs(x: Tensor, kernel: Tensor, *how) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return product(x, kernel, *how), (x, kernel)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def product_gradients(dimension_numbers: tuple, precision: None, inputs: tuple, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """What JAX would find, in an order that XLA is fast at: for B >> I = J, xᵀ dy takes a CPU 2.5 times as long as x W,
+    and half of that once xᵀ stands in memory; for J << I a tenth, as (dyᵀ x)ᵀ."""
+    (x, kernel), in_memory = inputs, jax.lax.optimization_barrier
+    if dy.shape[1] < x.shape[1]:
+        kernel_gradient = in_memory(dy.T @ x).T
+    else:
+        kernel_gradient = (in_memory(x.T) if dy.shape[1] == x.shape[1] else x.T) @ dy
+    return dy @ kernel.T, kernel_gradient
+
+
+product.defvjp(product_and_inputs, product_gradients)
+Dense = partial(nn.Dense, dot_general=product)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def convolution(images: Tensor, kernel: Tensor, *_, **__) -> Tensor:
+    """(B, H, W, I), (h, w, I, J) -> (B, H - h + 1, W - w + 1, J) as one product; XLA's own takes a CPU 20 times as long
+    in the loops of compiled code."""
+    h, w, _, outputs = kernel.shape
+    height, width = images.shape[1] - h + 1, images.shape[2] - w + 1
+    patches = [images[:, i : i + height, j : j + width] for i in range(h) for j in range(w)]
+    x = jnp.concatenate(patches, -1).reshape(len(images) * height * width, -1)
+    return product(x, kernel.reshape(-1, outputs), (((1,), (0,)), ((), ())), None).reshape(-1, height, width, outputs)
+
+
+# twin: ppo_jax ppo_lstm_jax
+class NatureCNN(nn.Module):
+    """Byte images (B, channels, height, width) -> (B, 512) (Mnih et al. 2015, "Human-level control …")"""
+
+    features: int = 512
+
+    @nn.compact
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.transpose(0, 2, 3, 1) / 255
+        for i, (channels, side, stride) in enumerate([(32, 8, 4), (64, 4, 2), (64, 3, 1)]):
+            layer = initialised(nn.Conv)(channels, (side, side), stride, padding="VALID", name=f"{2 * i}")
+            x = nn.relu(layer(x))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, so that its weights fit
+        return nn.relu(initialised(Dense)(self.features, name="7")(x))
+
+
+# twin: ppo_jax ppo_lstm_jax
+class MinAtarCNN(nn.Module):
+    """Small images (B, channels, height, width) of numbers about 1 -> (B, 128) (Young & Tian 2019, "MinAtar", §3)"""
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(self, images: Tensor) -> Tensor:
+        layer = initialised(nn.Conv)(16, (3, 3), padding="VALID", conv_general_dilated=convolution, name="0")
+        x = nn.relu(layer(images.transpose(0, 2, 3, 1)))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # torch's order, as above
+        return nn.relu(initialised(Dense)(self.features, name="3")(x))
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -970,6 +1121,14 @@ class Environments:
         return np.stack([self.observations[0, -1]] * 3, -1) if self.is_atari else self.vector.envs[0].render()
 
 
+class RecurrentEnvironments(Environments):
+    """With the carry (N, *C) that the next rollout begins with; None where all episodes begin."""
+
+    def restart(self, *seed: int) -> None:
+        super().restart(*seed)
+        self.carry = None
+
+
 def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vector.VectorEnv:
     is_filmed, mode = is_evaluation and config.capture_video, {"autoreset_mode": AutoresetMode.SAME_STEP}
     try:
@@ -1024,7 +1183,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict, hidden: tuple[i
 
 def hidden_velocities(env_id: str) -> tuple[int, ...]:
     """Where an environment's observations hold velocities"""
-    name, _, _ = env_id.rpartition("-v")
+    name, _, _ = env_id.removeprefix("gymnax/").rpartition("-v")
     if name not in VELOCITIES:
         raise BadInput(f"--mask-velocity --env-id {env_id}: the velocities are known of {', '.join(VELOCITIES)}")
     return VELOCITIES[name]
@@ -1123,13 +1282,359 @@ def evaluate(
     return list(first_returns.values())
 
 
+# ---------------------------------------------------------------------------------------------------------- gymnax
+
+BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
+SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
+
+
+# twin: ppo_jax ppo_lstm_jax
+class Simulator(NamedTuple):
+    """N gymnax environments on the device, and all that decides what they do next."""
+
+    keys: Tensor  # (5,), from BEGIN to SHUFFLE; folded with `steps`, a draw has one of its own
+    steps: Tensor  # (), of each environment so far
+    observations: Tensor  # (N, *O)
+    states: object  # gymnax's, (N, …)
+    returns: Tensor  # (N,), of the episodes so far, never clipped
+    lengths: Tensor  # (N,)
+
+
+# twin: ppo_jax ppo_lstm_jax
+class Transition(NamedTuple):
+    """One step (N, …), or a rollout of them (T, N, …)."""
+
+    observations: Tensor  # (N, *O)
+    actions: Tensor  # (N, A)
+    rewards: Tensor  # (N,)
+    terminated: Tensor  # (N,)
+    truncated: Tensor  # (N,), without those that terminated in the same step
+    final_observations: Tensor  # (N, *O), what the step led to, before any reset
+    returns: Tensor  # (N,), of the episodes so far
+    lengths: Tensor  # (N,)
+
+
+class GymnaxEnvironments:
+    """What `RecurrentEnvironments` is to Gymnasium. The methods that take a simulator are pure, for compiled code."""
+
+    def __init__(self, config: Config, num_envs: int):
+        set_up_jax(config)
+        self.config, self.num_envs = config, num_envs
+        self.game, self.params, self.action_space = make_gymnax(config)
+        if config.mask_velocity:
+            self.game = Masked(self.game, hidden_velocities(config.env_id))
+        self.nvec, self.action_dim = action_sizes(self.action_space)
+        observation, _ = jax.eval_shape(self.first_observation, jax.random.key(0))
+        self.observation_shape, self.observation_dtype = observation.shape, observation.dtype
+        self.begin, self.advance_alone = jax.jit(self.first_episodes), jax.jit(self.advance)
+        self.simulator, self.carry, self.episodes, self.evaluated = None, None, [], None
+
+    def restart(self, *seed: int) -> None:
+        """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
+        if self.simulator is None:
+            seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0]
+            self.simulator = self.begin(jax.random.key(seed))
+
+    # twin: ppo_jax ppo_lstm_jax
+    def first_episodes(self, key: Tensor) -> Simulator:
+        keys, zeros = jax.random.split(key, 5), jnp.zeros(self.num_envs, jnp.int32)
+        observations, states = jax.vmap(self.first_observation)(jax.random.split(keys[BEGIN], self.num_envs))
+        states = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)  # some are weakly typed
+        return Simulator(keys, jnp.int32(0), observations, states, zeros.astype(jnp.float32), zeros)
+
+    # twin: ppo_jax ppo_lstm_jax
+    def first_observation(self, key: Tensor) -> tuple[Tensor, object]:
+        observation, state = self.game.reset_env(key, self.params)
+        return network_input(observation), state
+
+    # twin: ppo_jax ppo_lstm_jax
+    def advance(self, simulator: Simulator, actions: Tensor) -> tuple[Simulator, Transition]:
+        """(N, A) -> all environments one step on; an episode that ends there is followed by the next at once"""
+
+        def step(key: Tensor, state: object, action: Tensor) -> tuple:
+            action = action[0] if self.nvec else action.reshape(self.action_space.shape)
+            observation, state, reward, terminated, _ = self.game.step_env(key, state, action, self.params)
+            truncated = self.game.is_truncated(state, self.params) & ~terminated
+            return network_input(observation), state, jnp.float32(reward).reshape(()), terminated, truncated
+
+        def with_next_episodes() -> tuple:
+            keys = jax.random.split(draw(simulator, RESET), self.num_envs)
+            fresh = *jax.vmap(self.first_observation)(keys), jnp.zeros_like(returns), jnp.zeros_like(lengths)
+            return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(done, x, y), fresh, after)
+
+        bounds = () if self.nvec else (self.action_space.low.ravel(), self.action_space.high.ravel())
+        env_actions = actions.clip(*bounds) if bounds else actions  # here and nowhere else
+        keys = jax.random.split(draw(simulator, STEP), self.num_envs)
+        observations, states, rewards, terminated, truncated = jax.vmap(step)(keys, simulator.states, env_actions)
+        returns, lengths = simulator.returns + rewards, simulator.lengths + 1
+        after = observations, states, returns, lengths
+        after = jax.tree.map(lambda x, like: x.astype(like.dtype), after, simulator[2:])  # some games mix them
+        rewards = rewards.clip(-1, 1) if self.config.clip_reward else rewards
+        transition = simulator.observations, actions, rewards, terminated, truncated, observations, returns, lengths
+        done = terminated | truncated
+        following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
+        return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    # twin: ppo_jax ppo_lstm_jax
+    def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
+        """`advance`, the step written into row t of (T, N, …)"""
+        simulator, transition = self.advance(simulator, actions)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=t, axis=0)
+        return simulator, jax.tree.map(put, transitions, transition)
+
+    # twin: ppo_jax ppo_lstm_jax
+    def blank(self, simulator: Simulator) -> Transition:
+        """(T, N, …), to be written"""
+        actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
+        _, transition = jax.eval_shape(self.advance, simulator, actions)
+        return jax.tree.map(lambda x: jnp.zeros((self.config.num_steps, *x.shape), x.dtype), transition)
+
+    @property
+    def observations(self) -> np.ndarray:
+        return np.asarray(self.simulator.observations)
+
+    @property
+    def returns(self) -> np.ndarray:
+        return np.asarray(self.simulator.returns)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """`Environments.step`, for an evaluation"""
+        self.simulator, transition = self.advance_alone(self.simulator, actions)
+        transition = jax.tree.map(np.asarray, transition)
+        self.add_episodes(jax.tree.map(lambda x: x[None], transition))
+        return self.observations, *transition[2:6]
+
+    def add_episodes(self, transitions: Transition) -> None:
+        """Those that ended in a rollout (T, N, …)"""
+        done = np.asarray(transitions.terminated) | np.asarray(transitions.truncated)
+        returns, lengths = (np.asarray(x)[done].tolist() for x in (transitions.returns, transitions.lengths))
+        self.episodes += zip(np.nonzero(done)[1].tolist(), returns, lengths, strict=True)
+
+    # twin: ppo_jax ppo_lstm_jax
+    def pop_episodes(self) -> list[tuple[int, float, int]]:
+        """(environment, return, length) of the episodes that ended since the last call"""
+        episodes, self.episodes = self.episodes, []
+        return episodes
+
+    def for_evaluation(self) -> "GymnaxEnvironments":
+        """E fresh ones; the same object each time, which keeps what is compiled"""
+        self.evaluated = self.evaluated or GymnaxEnvironments(self.config, self.config.eval_episodes)
+        self.evaluated.simulator = None
+        return self.evaluated
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The simulator by its paths, such as environment.states.time, and the carry that its first rollout left"""
+        if self.simulator is None:
+            return {}
+        simulator = self.simulator._replace(keys=jax.random.key_data(self.simulator.keys))
+        arrays = {f"environment{keystr(path)}": np.asarray(x) for path, x in tree_leaves_with_path(simulator)}
+        return arrays if self.carry is None else arrays | {"environment.carry": np.asarray(self.carry)}
+
+    def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
+        if "environment.steps" not in arrays:
+            return  # a model
+        like = jax.eval_shape(self.first_episodes, jax.random.key(0))
+        simulator = tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"environment{keystr(path)}"]), like)
+        self.simulator = simulator._replace(keys=jax.random.wrap_key_data(simulator.keys))
+        self.carry = jnp.asarray(arrays["environment.carry"]) if "environment.carry" in arrays else None
+
+
+class Masked:
+    """A gymnax game whose observations hide what is in these dimensions."""
+
+    def __init__(self, game: object, hidden: tuple[int, ...]):
+        self.game, self.hidden = game, np.array(hidden)
+
+    def reset_env(self, key: Tensor, params: object) -> tuple:
+        observation, state = self.game.reset_env(key, params)
+        return observation.at[self.hidden].set(0), state
+
+    def step_env(self, key: Tensor, state: object, action: Tensor, params: object) -> tuple:
+        observation, *rest = self.game.step_env(key, state, action, params)
+        return observation.at[self.hidden].set(0), *rest
+
+    def is_truncated(self, state: object, params: object) -> Tensor:
+        return self.game.is_truncated(state, params)
+
+
+# twin: ppo_jax ppo_lstm_jax
+class Permutations:
+    """What `update` asks of NumPy's generator, drawn on the device"""
+
+    def __init__(self, simulator: Simulator, timed: Callable):
+        self.simulator, self.timed, self.epoch = simulator, timed, itertools.count()
+
+    def permutation(self, size: int) -> Tensor:
+        return self.timed("shuffle", random_permutation, self.simulator, next(self.epoch), size)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
+    """Sorts random numbers whose last bits are the positions; XLA sorts one array five times as fast as a pair."""
+    positions = jnp.uint32(2 ** (size - 1).bit_length() - 1)
+    bits = jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,))
+    return jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
+
+
+# twin: ppo_jax ppo_lstm_jax
+def draw(simulator: Simulator, purpose: int) -> Tensor:
+    """A key of its own for each purpose and step"""
+    return jax.random.fold_in(simulator.keys[purpose], simulator.steps)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
+    """`action_noise` on the device, (T, N, ·)"""
+    shape, key = (config.num_steps, config.num_envs), draw(simulator, ACT)
+    if agent.nvec:
+        return jax.random.gumbel(key, (*shape, sum(agent.nvec)))
+    return jnp.exp(agent.log_std) * jax.random.normal(key, (*shape, len(agent.log_std)))
+
+
+def choose_actions(agent: Agent, simulator: Simulator, carry: Tensor, noise: Tensor, t: Tensor) -> tuple:
+    """`act` on the device: the actor's carry (N, layers, 2, H), (T, N, ·) -> actions (N, A), its carry for the next"""
+    policy, carry = agent.policy(simulator.observations, simulator.lengths == 0, carry)
+    return (policy + noise[t]).argmax(-1, keepdims=True) if agent.nvec else policy + noise[t], carry
+
+
+def collect_on_device(
+    agent: Agent, simulator: Simulator, carry: Tensor, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Simulator, Transition]:
+    """`collect_rollout` on the device: jax.lax.scan where JAX traces it, and else a loop of calls that can be timed"""
+    noise = timed("forward", draw_noise, agent, simulator, config)
+
+    def step(state: tuple[Simulator, Transition, Tensor], t: Tensor) -> tuple:
+        simulator, transitions, carry = state
+        actions, carry = timed("forward", choose_actions, agent, simulator, carry, noise, t)
+        return (*timed("step", envs.write, simulator, transitions, actions, t), carry), None
+
+    state, ts = (
+        (simulator, timed("step", envs.blank, simulator), carry[:, 0]),
+        np.arange(config.num_steps, dtype=np.int32),
+    )
+    if is_traced(simulator.steps):
+        return jax.lax.scan(step, state, ts)[0][:2]
+    for t in ts:
+        state, _ = step(state, t)
+    return state[:2]
+
+
+def as_rollout(transitions: Transition, simulator: Simulator, carry: Tensor) -> Rollout:
+    """Of the transitions, the simulator that they led to, and the carry that they began with"""
+    observations = jnp.concatenate([transitions.observations, simulator.observations[None]])
+    return Rollout(observations, *transitions[1:6], carry)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
+    """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
+    newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
+    largest = [jnp.abs(x).max() for x in (transitions.observations, transitions.final_observations)]
+    return newest, {"observation": jnp.maximum(*largest), "reward": jnp.abs(transitions.returns).max()}
+
+
+def iterate_on_device(
+    learner: Learner, simulator: Simulator, carry: Tensor, envs: GymnaxEnvironments, config: Config, timed: Callable
+) -> tuple[Learner, Simulator, Tensor, tuple, Batch, dict[str, Tensor]]:
+    """Rollout and update -> learner, simulator, carry, what the host reads of the rollout, batch, metrics"""
+    simulator, transitions = collect_on_device(learner.agent, simulator, carry, envs, config, timed)
+    rollout = timed("gae", as_rollout, transitions, simulator, carry)
+    learner, batch, metrics = update(learner, rollout, config, Permutations(simulator, timed), timed)
+    return learner, simulator, batch.carries[-1], timed("step", digest, transitions), batch, metrics
+
+
+def plainly(phase: str | None, function: Callable, *arguments):
+    """The `timed` of compiled code"""
+    return function(*arguments)
+
+
+def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
+    """What runs in place of each function"""
+    with_config = draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient
+    return {
+        iterate_on_device: jax.jit(iterate_on_device, static_argnums=(3, 4, 5), donate_argnums=(0, 1)),
+        collect_on_device: jax.jit(collect_on_device, static_argnums=(3, 4, 5)),
+        envs.write: jax.jit(envs.write, donate_argnums=(0, 1)),
+        random_permutation: jax.jit(random_permutation, static_argnums=2),
+        kl_and_clip_fraction: jax.jit(kl_and_clip_fraction, static_argnums=1),
+        **{function: jax.jit(function, static_argnums=2) for function in with_config},
+        **{function: jax.jit(function) for function in (envs.blank, choose_actions, as_rollout, digest)},
+    }
+
+
+def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config, stopwatch: "Stopwatch") -> None:
+    """`warm_up`, by two fused iterations and one phase by phase on copies, which these use up"""
+    stopwatch.compiled |= compiled_on_device(envs)
+    if config.eval_episodes:
+        evaluated = envs.for_evaluation()
+        evaluated.restart(0)
+        actions, _ = act(learner.agent, evaluated.observations, np.zeros(config.eval_episodes, bool))
+        evaluated.step(actions)
+    to_numpy(learner)
+    if not config.num_iterations:
+        return
+    envs.restart(0)
+    simulator, carry, unread = envs.simulator, envs.carry, Stopwatch(stopwatch.fence, stopwatch.compiled)
+    learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
+    for is_timed in (False, False, config.timing_interval > 0):
+        learner, _, batch, _ = iterate(learner, envs, config, np.random.default_rng(0), unread, is_timed)
+    probe(learner, envs, batch, config, unread)
+    envs.simulator, envs.carry, envs.episodes = simulator, carry, []
+
+
+# twin: ppo_jax ppo_lstm_jax
+def network_input(observation: Tensor) -> Tensor:
+    """An image as (channels, height, width), bytes as they are; anything else as a vector"""
+    observation = jnp.moveaxis(observation, -1, 0) if observation.ndim == 3 else observation.ravel()
+    return observation if observation.dtype == jnp.uint8 else observation.astype(jnp.float32)
+
+
+# twin: ppo_jax ppo_lstm_jax
+def is_gymnax(config: Config) -> bool:
+    return config.env_id.startswith("gymnax/")
+
+
+def checked_for_gymnax(config: Config) -> Config:
+    """Raises BadInput for flags that do not go with environments on the device."""
+    for name in ("norm_obs", "norm_reward", "episodic_life", "capture_video"):
+        if is_gymnax(config) and getattr(config, name):
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag}: not for {config.env_id}, which runs on the device; leave it out")
+    return config
+
+
+# twin: ppo_jax ppo_lstm_jax
+def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
+    """The game, its parameters, and its action space as Gymnasium's"""
+    try:
+        gymnax = importlib.import_module("gymnax")
+        name, kwargs = config.env_id.removeprefix("gymnax/"), json.loads(config.env_kwargs)
+        if name == "MNISTBandit-bsuite":
+            raise ValueError("it would download its images")
+        _, params = gymnax.make(name)
+        changed = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(params) if field.name in kwargs}
+        game, params = gymnax.make(name, **kwargs)[0], params.replace(**changed)
+        space, spaces = game.observation_space(params), gymnax.environments.spaces
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"the observation space {space} is not supported; Box is")
+        if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_NATURE and space.dtype != jnp.uint8:
+            raise ValueError(f"images of {SMALLEST_NATURE} x {SMALLEST_NATURE} or more must be bytes")
+        return game, params, spaces.gymnax_space_to_gym_space(game.action_space(params))
+    except Exception as error:
+        hint = "; pip install -r requirements/all.txt" if isinstance(error, ImportError) else ""
+        raise BadInput(f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}: {one_line(error)}{hint}") from error
+
+
 # ------------------------------------------------------------------------------------------------- stopwatch and run
 
 OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
-TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
+TRAINING_ONLY = ("optimizer.", "buffer.", "environment.")  # arrays of a checkpoint that a model does not need
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch

@@ -18,7 +18,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.ppo_speed import measure_peer, run_seconds  # noqa: E402
+from benchmarks.ppo_speed import measure_peer, recorded_speed  # noqa: E402
 
 SB3_STEPS = 100_000
 VERSIONS = ("stable-baselines3", "torch", "jax", "gymnax", "gymnasium", "numpy")
@@ -73,16 +72,8 @@ class Config:
 def measure(contestant: Contestant) -> float:
     if not contestant.steps:
         return measure_peer("stable_baselines3", SB3_STEPS)
-    import ppo_jax
-
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"num_envs": contestant.num_envs, "num_seeds": contestant.num_seeds, "eval_episodes": 0}
-        flags |= {"env_id": "gymnax/CartPole-v1", "total_timesteps": contestant.steps, "run_dir": f"{folder}/run"}
-        config = ppo_jax.Config(**flags)
-        ppo_jax.train(config)
-        record = Path(folder) / "run" / ("seed_0" if contestant.num_seeds > 1 else "")
-        seconds, iterations = run_seconds(record)
-    return contestant.num_seeds * iterations * config.batch_size / seconds
+    flags = {"num_envs": contestant.num_envs, "num_seeds": contestant.num_seeds, "total_timesteps": contestant.steps}
+    return contestant.num_seeds * recorded_speed("ppo_jax", env_id="gymnax/CartPole-v1", **flags)
 
 
 def main(config: Config) -> None:

@@ -29,6 +29,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 CONTESTANTS = ("sb3", "sbx", "ppo_torch", "ppo_torch --compile", "ppo_jax", "ppo_mlx")
 PEERS = {"sb3": "stable_baselines3", "sbx": "sbx"}
+TITLES = {"sb3": "SB3", "sbx": "SBX"}
 VERSIONS = ("stable-baselines3", "sbx-rl", "torch", "jax", "mlx", "gymnasium", "numpy")
 
 
@@ -57,26 +58,26 @@ def measure_peer(package: str, total_timesteps: int) -> float:
 
 
 def measure_ours(contestant: str, total_timesteps: int) -> float:
-    sys.path.insert(0, str(ROOT))
     script, *flags = contestant.split()
+    return recorded_speed(script, total_timesteps=total_timesteps, **{flag.removeprefix("--"): True for flag in flags})
+
+
+def recorded_speed(script: str, **settings: object) -> float:
+    """Steps per second of a whole run (of many seeds: of one) after compilation, evaluation aside"""
+    sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
-    config = {flag.removeprefix("--"): True for flag in flags}
     with tempfile.TemporaryDirectory() as folder:
-        run = {"total_timesteps": total_timesteps, "eval_episodes": 0, "run_dir": f"{folder}/run"}
-        module.train(module.Config(**config | run))
-        seconds, iterations = run_seconds(Path(folder) / "run")
-    return iterations * 512 / seconds
-
-
-def run_seconds(run_dir: Path) -> tuple[float, int]:
-    """Of a recorded run after compilation, and its iterations"""
+        config = module.Config(**settings, eval_episodes=0, run_dir=f"{folder}/run")
+        module.train(config)
+        first_of_many_seeds = Path(folder) / "run" / "seed_0"
+        rows = recorded_rows(first_of_many_seeds if first_of_many_seeds.exists() else first_of_many_seeds.parent)
     seconds, iterations = 0.0, 0
-    for row in recorded_rows(run_dir):
+    for row in rows:
         if "charts/iteration" in row:
             seconds += row["times/iteration"] * (row["charts/iteration"] - iterations)
             iterations = row["charts/iteration"]
         seconds += row.get("times/checkpoint", 0) + row.get("times/probe", 0)
-    return seconds, iterations
+    return iterations * config.iteration_steps / seconds
 
 
 def recorded_rows(run_dir: Path) -> list[dict]:
@@ -95,29 +96,45 @@ def main(config: Config) -> None:
         measure = partial(measure_peer, peer) if peer else partial(measure_ours, config.only)
         print(measure(config.total_timesteps))
         return
+    print(markdown_table(in_turns(config, __file__, CONTESTANTS, VERSIONS), TITLES))
+
+
+def in_turns(
+    config: Config, benchmark: str, contestants: tuple[str, ...], packages: tuple[str, ...]
+) -> list[tuple[int, str, int]]:
+    """(repeat, contestant, steps per second) of fresh processes of this benchmark's file, recorded with its command"""
     rows = []
     for repeat in range(config.repeats):
-        for contestant in CONTESTANTS:
-            command = [sys.executable, __file__, "--only", contestant, "--total-timesteps", str(config.total_timesteps)]
+        for contestant in contestants:
+            command = [
+                sys.executable,
+                benchmark,
+                "--only",
+                contestant,
+                "--total-timesteps",
+                str(config.total_timesteps),
+            ]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows.append((repeat, contestant, round(float(output.split()[-1]))))
             print(*rows[-1], file=sys.stderr)
-    versions = " ".join(f"{name} {version(name)}" for name in VERSIONS)
-    command = f"python benchmarks/ppo_speed.py --repeats {config.repeats} --total-timesteps {config.total_timesteps}"
+    versions = " ".join(f"{name} {version(name)}" for name in packages)
+    command = f"python {Path(benchmark).resolve().relative_to(ROOT)} --repeats {config.repeats}"
+    command += f" --total-timesteps {config.total_timesteps}"
     with open(config.output, "w", newline="") as file:
         print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
         csv.writer(file).writerows([("repeat", "contestant", "steps_per_second"), *rows])
-    print(markdown_table(rows))
+    return rows
 
 
-def markdown_table(rows: list[tuple[int, str, int]]) -> str:
+def markdown_table(rows: list[tuple[int, str, int]], peers: dict[str, str]) -> str:
     """Medians over the repeats, of steps per second and of the ratios to the peers in the same repeat."""
     speed = {(repeat, contestant): steps_per_second for repeat, contestant, steps_per_second in rows}
-    lines = ["| contestant | steps/s, median (min to max) | ratio to SB3 | ratio to SBX |", "|---|---|---|---|"]
+    titles = ["contestant", "steps/s, median (min to max)", *(f"ratio to {title}" for title in peers.values())]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for contestant in dict.fromkeys(name for _, name, _ in rows):
         speeds = [value for (_, name), value in speed.items() if name == contestant]
         cells = [f"{statistics.median(speeds):,.0f} ({min(speeds):,} to {max(speeds):,})"]
-        for peer in PEERS:
+        for peer in peers:
             ratios = [value / speed[repeat, peer] for (repeat, name), value in speed.items() if name == contestant]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {contestant} | {' | '.join(cells)} |")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ppo_lstm_jax import (
     Batch,
     Config,
     Environments,
+    GymnaxEnvironments,
     Learner,
     Minibatch,
     Rollout,
@@ -40,13 +42,16 @@ from ppo_lstm_jax import (
     update,
 )
 from tests.backends import double_precision, doubled
-from tests.test_ppo_torch import call, slow_gae
+from tests.test_gymnax import ENDS
+from tests.test_ppo_torch import PHASES, assert_times_add_up, call, inspect, slow_gae, watched_clock
 from tests.test_reliability import (
     BAD_INPUT,
     NUMBERS,
     SILENT,
     assert_refused,
+    assert_same_model,
     case,
+    checkpoints,
     main,
 )
 
@@ -566,6 +571,187 @@ def test_velocities_that_are_not_known():
     for env_id in ("MountainCar-v0", "HalfCheetah-v5", "ALE/Pong-v5", "Nonsense"):
         outcome = main(*QUIET, "--mask-velocity", "--env-id", env_id, module=ppo_lstm_jax)
         assert_refused(outcome, "--mask-velocity", env_id, "CartPole", "LunarLander", module=ppo_lstm_jax)
+
+
+# -------------------------------------------------------------------------------------------------------------- gymnax
+
+
+def on_gymnax(name: str, kwargs: dict | None = None, **flags) -> Config:
+    """A config for a game of gymnax's, or the Counter of tests/test_gymnax.py"""
+    flags = {"env_id": f"gymnax/{name}", "env_kwargs": json.dumps(kwargs or {}), "eval_episodes": 0} | flags
+    return dataclasses.replace(SMALL, **flags)
+
+
+def opened(config: Config) -> tuple[Learner, GymnaxEnvironments]:
+    envs = GymnaxEnvironments(config, config.num_envs)
+    learner = changed(new_learner(envs, config), 0)
+    envs.restart(0)
+    return learner, envs
+
+
+def stepped(envs: GymnaxEnvironments, simulator: ppo_lstm_jax.Simulator, actions: np.ndarray) -> dict[str, np.ndarray]:
+    """What gymnax's own functions make of these actions (T, N, 1), one environment and one step at a time"""
+    T, N = actions.shape[:2]
+    found = {name: [] for name in ("observations", "final_observations", "rewards", "terminated", "truncated")}
+    states = [jax.tree.map(lambda x, n=n: x[n], simulator.states) for n in range(N)]
+    observations = [*simulator.observations]
+    for t, n in itertools.product(range(T), range(N)):
+        step_key, reset_key = (
+            jax.random.split(jax.random.fold_in(simulator.keys[purpose], simulator.steps + t), N)[n]
+            for purpose in (ppo_lstm_jax.STEP, ppo_lstm_jax.RESET)
+        )
+        found["observations"].append(observations[n])
+        action = actions[t, n].clip(-1, 1)
+        observations[n], states[n], reward, terminated, _ = envs.game.step_env(step_key, states[n], action, envs.params)
+        truncated = envs.game.is_truncated(states[n], envs.params)
+        found["final_observations"].append(observations[n])
+        found["rewards"].append(reward)
+        found["terminated"].append(terminated)
+        found["truncated"].append(truncated and not terminated)
+        if terminated or truncated:
+            observations[n], states[n] = envs.game.reset_env(reset_key, envs.params)
+    return {name: np.array(x).reshape(T, N, *np.shape(x[0])) for name, x in found.items()}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_on_the_device_is_what_slow_loops_make(ends):
+    """Two rollouts: gymnax's own steps, actions of the slow network that remembers an episode from the one rollout to
+    the other, and the batch made of them. Returns are about 100, of which 1e-4 is float32's rounding."""
+    terminates, cut = ENDS[ends]
+    config = on_gymnax("Counter", {"length": terminates, "max_steps_in_episode": cut, "box": True})
+    learner, envs = opened(config)
+    compiled, carry = ppo_lstm_jax.compiled_on_device(envs), learner.agent.first_carry(3)
+    for number in range(2):
+        before, agent = envs.simulator, learner.agent
+        collect = compiled[ppo_lstm_jax.collect_on_device]
+        envs.simulator, transitions = collect(agent, before, carry, envs, config, ppo_lstm_jax.plainly)
+        on_device = ppo_lstm_jax.as_rollout(transitions, envs.simulator, carry)
+        batch = compiled[ppo_lstm_jax.make_batch](agent, on_device, config)
+        rollout = Rollout(*map(np.asarray, on_device))
+        for name, expected in stepped(envs, before, rollout.actions).items():
+            steps = getattr(rollout, name)[: config.num_steps]
+            np.testing.assert_allclose(steps, expected, rtol=0, atol=1e-6, err_msg=name)
+        ended = rollout.final_observations[rollout.truncated]
+        assert bool(len(ended)) == (ends == "truncates") and np.any(carry) == (number == 1)
+        expected = slow_batch(learner, rollout._replace(final_observations=ended), config)
+        noise = ppo_lstm_jax.draw_noise(agent, before, config)
+        np.testing.assert_allclose(rollout.actions, expected["policy"] + noise, rtol=0, atol=1e-5)
+        for name in ("carries", "log_probs", "values", "advantages", "returns"):
+            np.testing.assert_allclose(getattr(batch, name), expected[name], rtol=1e-5, atol=1e-4, err_msg=name)
+        carry = batch.carries[-1]
+
+
+def test_fused_is_timed():
+    """Two iterations in compiled calls and phase by phase: the same weights and losses. An update that --target-kl
+    stops is that of one epoch."""
+    outcomes, everything = {}, {"burn_in": 3, "recompute_hidden": True, "recompute_advantages": True}
+    for kind, flags in {"all": {}, "stopped": {"target_kl": 1e-9}, "one epoch": {"update_epochs": 1}}.items():
+        config = on_gymnax("CartPole-v1", learning_rate=0.01, lstm_layers=1, **everything, **flags)
+        for is_timed in (False, True)[: 1 if kind == "one epoch" else 2]:
+            learner, envs = opened(config)
+            stopwatch = new_stopwatch(learner, config)
+            stopwatch.compiled |= ppo_lstm_jax.compiled_on_device(envs)
+            learner = ppo_lstm_jax.with_learning_rate(learner, config.learning_rate)
+            for _ in range(2):
+                learner, _, _, metrics = ppo_lstm_jax.iterate(learner, envs, config, None, stopwatch, is_timed)
+            outcomes[kind, is_timed] = np.asarray(learner.agent.weights), metrics
+    for kind in ("all", "stopped"):
+        (fused, metrics), (timed, expected) = outcomes[kind, False], outcomes[kind, True]
+        np.testing.assert_allclose(fused, timed, rtol=0, atol=1e-5)  # added up in another order
+        assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    np.testing.assert_allclose(outcomes["stopped", False][0], outcomes["one epoch", False][0], rtol=0, atol=1e-6)
+    assert np.abs(outcomes["all", False][0] - outcomes["stopped", False][0]).max() > 1e-3
+
+
+def test_a_checkpoint_before_the_first_rollout():
+    """As a signal during the compilation leaves it: the episodes, and no memory"""
+    _, envs = opened(on_gymnax("CartPole-v1"))
+    before, arrays = envs.observations, envs.to_numpy()
+    envs.simulator = None
+    envs.from_numpy(arrays)
+    assert np.array_equal(envs.observations, before) and envs.carry is None
+
+
+def test_resumed_on_gymnax(tmp_path):
+    """To the bit, from the last checkpoint but one of a finished run: no episode begins anew, and no memory is lost."""
+    flags = {"total_timesteps": 6 * 36, "checkpoint_interval": 72, "timing_interval": 2, "eval_episodes": 2}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train(on_gymnax("CartPole-v1", **flags, run_dir=str(whole)))
+    shutil.copytree(whole, again)
+    checkpoints(again)[-1].unlink()
+    (again / "model.safetensors").unlink()
+    assert np.abs(ppo_lstm_jax.load_arrays(checkpoints(again)[-1])[0]["environment.carry"]).max() > 0.01
+    assert main("--resume", again, module=ppo_lstm_jax).code == 0
+    assert_same_model(again, whole)
+
+
+@pytest.mark.parametrize("timing_interval", [1, 0])
+def test_the_record_of_gymnax_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeypatch):
+    flags = {"num_steps": 240, "total_timesteps": 12 * 720, "timing_interval": timing_interval, "eval_episodes": 2}
+    flags |= {"wandb_mode": "offline", "eval_interval": 2880, "run_dir": str(tmp_path / "run")}
+    clock = watched_clock(ppo_lstm_jax, monkeypatch)
+    train(on_gymnax("CartPole-v1", **flags))
+    _, rows = inspect(tmp_path / "run")
+    covered = assert_times_add_up(rows, clock)
+    phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
+    assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()
+    if timing_interval:
+        assert np.median([row["times/other"] / row["times/iteration"] for row, _ in covered]) < 0.1
+    assert {"losses/policy_loss", "losses/explained_variance", "charts/SPS"} <= covered[0][0].keys()
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "MountainCarContinuous-v0", "Acrobot-v1"])
+def test_masked_velocities_on_gymnax(name):
+    """First observations and those of each step are the game's own, with zeros where Gymnasium's are hidden."""
+    config = on_gymnax(name, mask_velocity=True, num_envs=2)
+    envs, plain = (GymnaxEnvironments(c, 2) for c in (config, dataclasses.replace(config, mask_velocity=False)))
+    hidden = list(ppo_lstm_jax.VELOCITIES[name.rpartition("-")[0]])
+    for one in (envs, plain):
+        one.restart(0)
+    for t in range(4):
+        found, expected = envs.observations, plain.observations.copy()
+        assert np.abs(expected[:, hidden]).max() > 0 or t == 0
+        expected[:, hidden] = 0
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        for one in (envs, plain):
+            one.step(np.full((2, 1), 1 if one.nvec else 0.5))
+
+
+def test_an_image_game_on_the_device():
+    """The learner and the simulator look after a whole iteration as before it."""
+    config = on_gymnax("Breakout-MinAtar", lstm_layers=1)
+    envs = GymnaxEnvironments(config, 3)
+    learner = new_learner(envs, config)
+    envs.restart(0)
+    carry = learner.agent.first_carry(3)
+    iterate = jax.jit(ppo_lstm_jax.iterate_on_device, static_argnums=(3, 4, 5))
+    after = iterate.eval_shape(learner, envs.simulator, carry, envs, config, ppo_lstm_jax.plainly)[:3]
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in ((learner, envs.simulator, carry), after))
+    assert before == after
+
+
+def test_masked_cartpole_is_learnt_on_gymnax(tmp_path):
+    flags = {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "sequence_length": 16, "hidden_sizes": ()}
+    flags |= {"lstm_size": 32, "lstm_layers": 1, "update_epochs": 4, "learning_rate": 3e-3, "eval_episodes": 10}
+    flags |= {"total_timesteps": 100_000, "mask_velocity": True, "run_dir": str(tmp_path / "run")}
+    assert np.mean(train(on_gymnax("CartPole-v1", **flags)).evaluation_returns) > 200
+
+
+BAD_ON_GYMNAX = {
+    "--env-id gymnax/Nothing-v0": ["gymnax/Nothing-v0", "not in registered"],
+    "--env-id gymnax/CartPole-v1 --norm-obs": ["--norm-obs"],
+    "--env-id gymnax/CartPole-v1 --norm-reward": ["--norm-reward"],
+    "--env-id gymnax/CartPole-v1 --capture-video": ["--capture-video"],
+    "--env-id gymnax/Breakout-MinAtar --mask-velocity": ["--mask-velocity", "Breakout-MinAtar", "CartPole"],
+    "--env-id gymnax/MountainCar-v0 --mask-velocity": ["--mask-velocity", "MountainCar-v0", "CartPole"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_ON_GYMNAX)
+def test_bad_input_on_gymnax_is_refused_in_one_line(flags, tmp_path):
+    outcome = main(*flags.split(), "--run-dir", tmp_path / "run", module=ppo_lstm_jax)
+    assert_refused(outcome, *BAD_ON_GYMNAX[flags], module=ppo_lstm_jax)
+    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- reliability
