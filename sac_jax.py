@@ -53,6 +53,7 @@ import os
 import platform
 import re
 import secrets
+import select
 import signal
 import sys
 import threading
@@ -779,7 +780,7 @@ class Environments:
             self.vector = make_vector(self.config, self.num_envs, self.is_evaluation)
         self.is_fresh = False
         seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0] >> 1
-        observations, _ = self.vector.reset(seed=int(seed))
+        observations, _ = call_environments(self.vector, self.config.env_id, "reset", seed=int(seed))
         self.returns, self.lengths = np.zeros((2, self.num_envs))
         self.observations, self.episodes = observations.astype(np.float32), []
         check_finite(self.config.env_id, observation=self.observations)
@@ -795,7 +796,8 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(N, A) -> observations, rewards, terminated, truncated, true last observations of truncated episodes"""
         env_actions = environment_actions(actions, self.vector.single_action_space)
-        observations, rewards, terminated, truncated, info = self.vector.step(env_actions)
+        stepped = call_environments(self.vector, self.config.env_id, "step", env_actions)
+        observations, rewards, terminated, truncated, info = stepped
         self.returns += rewards
         self.lengths += self.config.action_repeat
         truncated, final_observations = truncated & ~terminated, ()
@@ -905,8 +907,31 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
 # twin: td3_jax sac_jax mpo_jax
 def environment_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
     """(N, A) in [-1, 1] -> what the environments take, each dimension from its low to its high"""
-    scaled = space.low + (space.high - space.low) * (actions.reshape(-1, *space.shape) + 1) / 2
+    middle, half = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2  # neither overflows
+    scaled = middle + half * actions.reshape(-1, *space.shape).clip(-1, 1)
     return scaled.clip(space.low, space.high).astype(space.dtype)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arguments, **options):
+    """`step` or `reset` of all environments. One whose process hangs or dies is told apart from one that raises."""
+    try:
+        if not isinstance(vector, AsyncVectorEnv):
+            return getattr(vector, name)(*arguments, **options)
+        getattr(vector, f"{name}_async")(*arguments, **options)
+        for number, pipe in enumerate(vector.parent_pipes):
+            answer = select.poll()  # a tenth of the time that the pipe's own takes
+            answer.register(pipe, select.POLLIN)
+            if not answer.poll(1000 * LONGEST_STEP):
+                for process in vector.processes:
+                    process.kill()
+                raise TrainingFailed(f"{env_id}: the {name} of environment {number} takes more than {LONGEST_STEP} s")
+        return getattr(vector, f"{name}_wait")()
+    except (ConnectionError, EOFError) as error:
+        raise TrainingFailed(f"{env_id}: the process of an environment died in a {name}") from error
+    except Exception as error:
+        error.add_note(f"in the {name} of {env_id}")
+        raise
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -946,6 +971,7 @@ def evaluate(
 
 OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_STEP = 600  # seconds of a step or a reset in a process of its own, which hangs if it takes longer
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
@@ -996,8 +1022,8 @@ class Run:
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not wandb.login(prompt=False):
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
-        self.directory, run_id = open_directory(config)
-        self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
+        self.directory, self.run_id = open_directory(config)
+        self.checkpoint, progress = newest_checkpoint(self.directory, self.run_id) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
         if (step := progress.get("global_step", self.global_step)) != self.global_step:
             why = "it was started with other environments, steps or processes"
@@ -1012,6 +1038,7 @@ class Run:
         versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
         about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
         about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
+        about |= {"segment": len(list(self.directory.glob("wandb/*run-*")))}  # in order, whatever the clock says
         if config.wandb_mode != "online":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
         with contextlib.suppress(ImportError):
@@ -1020,7 +1047,7 @@ class Run:
         wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
             if not config.resume:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
@@ -1069,6 +1096,9 @@ class Run:
         try:
             memory.from_numpy(arrays)
             rng.bit_generator.state = self.rng_state
+            for name, array in to_numpy(learner).items():
+                if arrays[name].shape != array.shape:
+                    raise ValueError(f"{name} is {arrays[name].shape} there and {array.shape} here")
             return from_numpy(learner, arrays)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the checkpoint is not of this run: {one_line(error)}"
@@ -1174,7 +1204,7 @@ class Run:
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
         progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
-        progress["recent_returns"] = list(self.recent_returns)
+        progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
@@ -1265,12 +1295,15 @@ def has_checkpoint(config: Config) -> bool:
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
+def newest_checkpoint(directory: Path, run_id: str) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
     for path in paths:
         try:
-            return load_arrays(path)
+            arrays, progress = load_arrays(path)
+            if progress.get("run_id") != run_id:
+                raise BadInput(f"cannot use {path}: it is of another run, or no checkpoint")
+            return arrays, progress
         except BadInput as error:
             warn(str(error))
     if paths:
@@ -1296,21 +1329,24 @@ def load_model(path: str, learner: Learner) -> Learner:
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
-        path = Path(config.resume) / "config.json"
-        run_id = json.loads(path.read_text())["wandb_id"]
-        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
-        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
-        os.replace(path.with_suffix(".part"), path)
-        return path.parent, run_id
-    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
-    if (directory / "config.json").exists():
-        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+        directory = Path(config.resume)
+        run_id = json.loads((directory / "config.json").read_text())["wandb_id"]
+    else:
+        name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+        if (directory / "config.json").exists():
+            raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+    part = directory / "config.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"wandb_id": run_id}, indent=2))
+        part.write_text(text)  # of a resumed run with what changed: the next --resume needs no other flag either
+        os.replace(part, directory / "config.json")
     except OSError as error:
-        raise BadInput(f"cannot write to {directory}: {one_line(error)}; choose another --run-dir") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        what = f"cannot write to {directory}: {one_line(error)}"
+        raise BadInput(f"{what}; make room there or choose another --run-dir") from error
     return directory, run_id
 
 
@@ -1406,9 +1442,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        return {BadInput: 2, TrainingFailed: 1, KeyboardInterrupt: 130}[type(error)]
+        return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 
 
 if __name__ == "__main__":
