@@ -925,6 +925,7 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
             if not answer.poll(1000 * LONGEST_STEP):
                 for process in vector.processes:
                     process.kill()
+                vector.closed = True  # or it would wait for an answer
                 raise TrainingFailed(f"{env_id}: the {name} of environment {number} takes more than {LONGEST_STEP} s")
         return getattr(vector, f"{name}_wait")()
     except (ConnectionError, EOFError) as error:
@@ -973,6 +974,7 @@ OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_STEP = 600  # seconds of a step or a reset in a process of its own, which hangs if it takes longer
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+SECONDS_TO_WRITE_A_ROW = 5  # W&B's server writes what it got once a second, and does not when it is left alone
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
@@ -1020,7 +1022,7 @@ class Run:
 
     def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
-        if config.wandb_mode == "online" and not wandb.login(prompt=False):
+        if config.wandb_mode == "online" and not is_logged_in():
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
         self.directory, self.run_id = open_directory(config)
         self.checkpoint, progress = newest_checkpoint(self.directory, self.run_id) if config.resume else ({}, {})
@@ -1038,7 +1040,8 @@ class Run:
         versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
         about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
         about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
-        about |= {"segment": len(list(self.directory.glob("wandb/*run-*")))}  # in order, whatever the clock says
+        about |= {"segment": len(list(self.directory.glob("**/wandb/*run-*")))}  # in order, whatever the clock says
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
         if config.wandb_mode != "online":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
         with contextlib.suppress(ImportError):
@@ -1053,7 +1056,9 @@ class Run:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
         self.wandb.define_metric("*", step_metric="global_step")
-        self.log = self.wandb.log
+        self.log, self.unwritten = self.wandb.log, deque()
+        for row in progress.get("rows", ()):  # which a killed run may have lost
+            self.log(row)
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
 
@@ -1178,6 +1183,9 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.row.clear()
         try:
+            self.unwritten.append((time.monotonic(), row | {"global_step": self.global_step}))
+            while time.monotonic() - self.unwritten[0][0] > SECONDS_TO_WRITE_A_ROW:
+                self.unwritten.popleft()
             self.log(row | media() | {"global_step": self.global_step})
         except Exception as error:  # a broken record must not end the training
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
@@ -1205,6 +1213,7 @@ class Run:
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
         progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
+        progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
@@ -1239,6 +1248,16 @@ class Run:
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def is_logged_in() -> bool:
+    """Whether there is a W&B account to record in"""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # W&B says the same in its own words
+            return wandb.login(prompt=False)
+    except wandb.Error as error:
+        raise BadInput(f"--wandb-mode online: {one_line(error)}; offline needs no account") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
