@@ -1069,15 +1069,14 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
             for pipe in vector.parent_pipes:
                 answer = select.poll()  # a tenth of the time that the pipe's own takes
                 answer.register(pipe, select.POLLIN)
-                events = answer.poll(1000 * LONGEST_STEP)
-                if not events or events[0][1] & select.POLLHUP:
-                    raise OSError("it died" if events else f"it takes more than {LONGEST_STEP} s")
-        except OSError as error:
+                if not answer.poll(1000 * LONGEST_STEP):
+                    raise TimeoutError(f"more than {LONGEST_STEP} s")
+            return getattr(vector, f"{name}_wait")()
+        except (ConnectionError, EOFError, TimeoutError) as error:
             for process in vector.processes:
                 process.kill()
             vector.closed = True  # to close it would be to wait for an answer
-            raise TrainingFailed(f"{env_id}: a process failed in a {name}: {one_line(error)}") from error
-        return getattr(vector, f"{name}_wait")()
+            raise TrainingFailed(f"{env_id}: a process died or hangs in a {name} ({one_line(error)})") from error
     except Exception as error:
         error.add_note(f"in the {name} of {env_id}")
         raise

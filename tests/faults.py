@@ -569,7 +569,7 @@ def worker(script: Script, times: int, rng: random.Random) -> Iterator[str | Non
         finally:
             kill_all(process)
 
-    for way in [("hangs", "takes more than 1 s"), ("dies", "it died")][:times]:
+    for way in [("hangs", "more than 1 s"), ("dies", "died")][:times]:
         yield tried(attempt, *way)
 
 
