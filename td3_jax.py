@@ -62,6 +62,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -788,8 +789,12 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
         if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
-            with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
-                return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+            with contextlib.ExitStack() as stack:
+                with signals_held():  # a worker that finds its parent gone prints a traceback
+                    vector = AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork copies held locks
+                    stack.enter_context(contextlib.closing(vector))  # after a signal
+                stack.pop_all()
+                return vector
         vector = SyncVectorEnv([make] * num_envs, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
@@ -834,13 +839,16 @@ def quieten_mujoco(env_id: str) -> None:
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect at the end."""
+    """SIGINT and SIGTERM take effect at the end, and not at all in processes that are started meanwhile."""
     held, is_main = [], threading.current_thread() is threading.main_thread()
     numbers = STOP_SIGNALS if is_main else ()
+    resource_tracker.ensure_running()  # it unblocks them when it starts
     handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in held:
@@ -1012,6 +1020,7 @@ class Run:
         self.wandb.define_metric("*", step_metric="global_step")
         self.log, self.unwritten = self.wandb.log, deque()
         for row in progress.get("rows", ()):  # which a killed run may have lost
+            self.unwritten.append((time.monotonic(), row))
             self.log(row)
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
