@@ -886,7 +886,7 @@ def combinations(script: Script, times: int, rng: random.Random) -> Iterator[str
             outcome = process.end()
             wait_for(lambda: not process.children())
             written = [path.name for path in process.out.parent.iterdir()]  # its home and its temporary files
-            known = "stdout", "stderr", "torchinductor", "wandb_symon"  # PyTorch's and W&B's empty ones
+            known = "stdout", "stderr", "torchinductor", "mlx", "wandb_symon"  # of PyTorch, MLX and W&B, temporary
             assert all(name.startswith(known) for name in written), written
         else:
             with contextlib.chdir(here):
