@@ -8,13 +8,14 @@ squares fits to the second half of each run. A thread in the process reads the n
 is, with evaluations and checkpoints often. "Compilations" counts what JAX compiled since the start of the process.
 """
 
+import contextlib
 import csv
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from compare import SCRIPT_COLOURS  # noqa: E402
 
 RESULTS, FIGURE = ROOT / "results" / "long_runs.csv", ROOT / "images" / "long_runs.png"
 OFF_POLICY = {"td3_jax", "sac_jax", "mpo_jax"}
-COMMON = "--total-timesteps 1000000000 --eval-interval 20000 --checkpoint-interval 20000 --eval-episodes 2"
+COMMON = "--total-timesteps 1000000000 --eval-interval 5000 --checkpoint-interval 5000 --eval-episodes 2"
 COMMON += " --vectorization sync"
 OF_ON_POLICY = "--env-id CartPole-v1"
 OF_OFF_POLICY = (
@@ -84,14 +85,15 @@ def watch(script: str, minutes: float) -> list[Sample]:
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples.csv"
         command = [sys.executable, "-c", WATCHED, samples, f"{script}.py", *flags, "--run-dir", f"{folder}/run"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            process.communicate(timeout=60 * minutes)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-        complaint = process.communicate()[1]
-        if process.returncode != 143:
-            raise SystemExit(f"{script} ended by itself: {complaint[-2000:]}")
+        with open(Path(folder) / "stderr", "w+") as stderr:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+            while process.poll() is None and not list(Path(folder).glob("run/checkpoints/*")):
+                time.sleep(0.1)  # compiling is not counted
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60 * minutes)
+            process.terminate()
+            if process.wait() != 143:
+                raise SystemExit(f"{script} ended by itself: {Path(stderr.name).read_text()[-2000:]}")
         return [Sample(*map(float, line)) for line in csv.reader(samples.read_text().splitlines())]
 
 

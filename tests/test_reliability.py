@@ -13,6 +13,7 @@ import math
 import os
 import pty
 import random
+import re
 import resource
 import select
 import shlex
@@ -54,7 +55,9 @@ class Outcome(NamedTuple):
 
 
 def lines(text: str) -> list[str]:
-    return [line for line in text.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line]
+    return [
+        line for line in text.replace("\r", "\n").splitlines() if line.strip() and not re.search("step/s|s/step", line)
+    ]
 
 
 def main(*flags: str | Path, module: ModuleType = ppo_torch) -> Outcome:
