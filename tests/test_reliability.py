@@ -56,7 +56,9 @@ class Outcome(NamedTuple):
 
 def lines(text: str) -> list[str]:
     return [
-        line for line in text.replace("\r", "\n").splitlines() if line.strip() and not re.search("step/s|s/step", line)
+        line
+        for line in text.replace("\r", "\n").splitlines()
+        if line.strip() and not re.search(r"step/s|\ds/step", line)
     ]
 
 
