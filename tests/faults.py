@@ -457,7 +457,8 @@ def foreign_model(script: Script, times: int, rng: random.Random) -> Iterator[st
 
 @fault("damaged", "random corruption of a checkpoint: refused, or the very same arrays", times=300)
 def fuzzed(script: Script, times: int, rng: random.Random) -> Iterator[str | None]:
-    directory = Path(shutil.copytree(script.reference(0)[0], script.new("copied")))
+    ignored = shutil.ignore_patterns("wandb")
+    directory = Path(shutil.copytree(script.reference(0)[0], script.new("copied"), ignore=ignored))
     older, newest = checkpoints(directory)
     older.unlink()
     run_id = json.loads((directory / "config.json").read_text())["wandb_id"]
