@@ -297,7 +297,8 @@ def read_directory(directory: Path) -> list[Run]:
             elif record["type"] == "history" and "global_step" in body["item"]:
                 rows.append(read_item(body["item"]))
         if identity:  # a run killed in its first second may leave an empty file
-            segments.append((identity["start_time"], identity["run_id"], config, rows))
+            order = config.get("segment", 0), identity["start_time"]  # the clock may have been set back
+            segments.append((order, identity["run_id"], config, rows))
     segments.sort(key=lambda segment: segment[0])
     _, run_id, config, _ = segments[-1] if segments else ("", "", {}, [])
     return make_run(run_id, config, [(config.get("resumed_at", 0), rows) for _, _, config, rows in segments], directory)

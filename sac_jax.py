@@ -53,6 +53,7 @@ import os
 import platform
 import re
 import secrets
+import select
 import signal
 import sys
 import threading
@@ -62,6 +63,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -779,7 +781,7 @@ class Environments:
             self.vector = make_vector(self.config, self.num_envs, self.is_evaluation)
         self.is_fresh = False
         seed = np.random.SeedSequence([self.config.seed, *seed]).generate_state(1)[0] >> 1
-        observations, _ = self.vector.reset(seed=int(seed))
+        observations, _ = call_environments(self.vector, self.config.env_id, "reset", seed=int(seed))
         self.returns, self.lengths = np.zeros((2, self.num_envs))
         self.observations, self.episodes = observations.astype(np.float32), []
         check_finite(self.config.env_id, observation=self.observations)
@@ -795,7 +797,8 @@ class Environments:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(N, A) -> observations, rewards, terminated, truncated, true last observations of truncated episodes"""
         env_actions = environment_actions(actions, self.vector.single_action_space)
-        observations, rewards, terminated, truncated, info = self.vector.step(env_actions)
+        stepped = call_environments(self.vector, self.config.env_id, "step", env_actions)
+        observations, rewards, terminated, truncated, info = stepped
         self.returns += rewards
         self.lengths += self.config.action_repeat
         truncated, final_observations = truncated & ~terminated, ()
@@ -833,8 +836,12 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
         if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
-            with signals_held():  # a worker that finds its parent gone while it starts prints a traceback
-                return AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork would copy held locks
+            with contextlib.ExitStack() as stack:
+                with signals_held():  # a worker that finds its parent gone prints a traceback
+                    vector = AsyncVectorEnv([make] * num_envs, context="forkserver", **mode)  # a fork copies held locks
+                    stack.enter_context(contextlib.closing(vector))  # after a signal
+                stack.pop_all()
+                return vector
         vector = SyncVectorEnv([make] * num_envs, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
@@ -879,13 +886,16 @@ def quieten_mujoco(env_id: str) -> None:
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect at the end."""
+    """SIGINT and SIGTERM take effect at the end, and not at all in processes that are started meanwhile."""
     held, is_main = [], threading.current_thread() is threading.main_thread()
     numbers = STOP_SIGNALS if is_main else ()
+    resource_tracker.ensure_running()  # it unblocks them when it starts
     handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number in held:
@@ -905,8 +915,33 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
 # twin: td3_jax sac_jax mpo_jax
 def environment_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
     """(N, A) in [-1, 1] -> what the environments take, each dimension from its low to its high"""
-    scaled = space.low + (space.high - space.low) * (actions.reshape(-1, *space.shape) + 1) / 2
+    middle, half = space.high / 2 + space.low / 2, space.high / 2 - space.low / 2  # neither overflows
+    scaled = middle + half * actions.reshape(-1, *space.shape).clip(-1, 1)
     return scaled.clip(space.low, space.high).astype(space.dtype)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arguments, **options):
+    """`step` or `reset` of all environments. One whose process hangs or dies is told apart from one that raises."""
+    try:
+        if not isinstance(vector, AsyncVectorEnv):
+            return getattr(vector, name)(*arguments, **options)
+        try:
+            getattr(vector, f"{name}_async")(*arguments, **options)
+            for pipe in vector.parent_pipes:
+                answer = select.poll()  # a tenth of the time that the pipe's own takes
+                answer.register(pipe, select.POLLIN)
+                if not answer.poll(1000 * LONGEST_STEP):
+                    raise TimeoutError(f"more than {LONGEST_STEP} s")
+            return getattr(vector, f"{name}_wait")()
+        except (ConnectionError, EOFError, TimeoutError) as error:
+            for process in vector.processes:
+                process.kill()
+            vector.closed = True  # to close it would be to wait for an answer
+            raise TrainingFailed(f"{env_id}: a process died or hangs in a {name} ({one_line(error)})") from error
+    except Exception as error:
+        error.add_note(f"in the {name} of {env_id}")
+        raise
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -946,7 +981,9 @@ def evaluate(
 
 OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in no iteration
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LONGEST_STEP = 600  # seconds of a step or a reset in a process of its own, which hangs if it takes longer
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+SECONDS_TO_WRITE_A_ROW = 5  # W&B's server writes what it got once a second, and does not when it is left alone
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
 
@@ -994,10 +1031,10 @@ class Run:
 
     def __init__(self, config: Config, envs: Environments, stopwatch: Stopwatch, **about: str):
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
-        if config.wandb_mode == "online" and not wandb.login(prompt=False):
+        if config.wandb_mode == "online" and not is_logged_in():
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
-        self.directory, run_id = open_directory(config)
-        self.checkpoint, progress = newest_checkpoint(self.directory) if config.resume else ({}, {})
+        self.directory, self.run_id = open_directory(config)
+        self.checkpoint, progress = newest_checkpoint(self.directory, self.run_id) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
         if (step := progress.get("global_step", self.global_step)) != self.global_step:
             why = "it was started with other environments, steps or processes"
@@ -1012,6 +1049,8 @@ class Run:
         versions = {name: version(name) for name in (FRAMEWORK, "gymnasium", "numpy")}
         about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
         about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
+        about |= {"segment": len(list(self.directory.glob("**/wandb/*run-*")))}  # in order, whatever the clock says
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
         if config.wandb_mode != "online":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
         with contextlib.suppress(ImportError):
@@ -1020,13 +1059,16 @@ class Run:
         wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
-            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=run_id, dir=self.directory)
+            self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
             if not config.resume:
                 (self.directory / "config.json").unlink()  # the same command may be tried again
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
         self.wandb.define_metric("*", step_metric="global_step")
-        self.log = self.wandb.log
+        self.log, self.unwritten = self.wandb.log, deque()
+        for row in progress.get("rows", ()):  # which a killed run may have lost
+            self.unwritten.append((time.monotonic(), row))
+            self.log(row)
         steps = config.num_iterations * config.iteration_steps
         self.bar = tqdm(total=steps, initial=self.global_step, unit="step", unit_scale=True, dynamic_ncols=True)
 
@@ -1069,6 +1111,9 @@ class Run:
         try:
             memory.from_numpy(arrays)
             rng.bit_generator.state = self.rng_state
+            for name, array in to_numpy(learner).items():
+                if arrays[name].shape != array.shape:
+                    raise ValueError(f"{name} is {arrays[name].shape} there and {array.shape} here")
             return from_numpy(learner, arrays)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the checkpoint is not of this run: {one_line(error)}"
@@ -1148,6 +1193,9 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
         self.row.clear()
         try:
+            self.unwritten.append((time.monotonic(), row | {"global_step": self.global_step}))
+            while time.monotonic() - self.unwritten[0][0] > SECONDS_TO_WRITE_A_ROW:
+                self.unwritten.popleft()
             self.log(row | media() | {"global_step": self.global_step})
         except Exception as error:  # a broken record must not end the training
             warn(f"the W&B record ends before step {self.global_step}: {one_line(error)}")
@@ -1174,7 +1222,8 @@ class Run:
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
         progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
-        progress["recent_returns"] = list(self.recent_returns)
+        progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
+        progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
         save_arrays(path, arrays, progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
@@ -1209,6 +1258,16 @@ class Run:
                 print(f"{name + ':':11} return {spread}")
         print(f"written to  {self.directory}: {', '.join(sorted(path.name for path in self.directory.iterdir()))}")
         return returns
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def is_logged_in() -> bool:
+    """Whether there is a W&B account to record in"""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # W&B says the same in its own words
+            return wandb.login(prompt=False)
+    except wandb.Error as error:
+        raise BadInput(f"--wandb-mode online: {one_line(error)}; offline needs no account") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1265,12 +1324,15 @@ def has_checkpoint(config: Config) -> bool:
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def newest_checkpoint(directory: Path) -> tuple[dict[str, np.ndarray], dict]:
+def newest_checkpoint(directory: Path, run_id: str) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and progress: the last checkpoint, the one before where that is damaged, nothing where there is none."""
     paths = sorted((directory / "checkpoints").glob("*.safetensors"), reverse=True)
     for path in paths:
         try:
-            return load_arrays(path)
+            arrays, progress = load_arrays(path)
+            if progress.get("run_id") != run_id:
+                raise BadInput(f"cannot use {path}: it is of another run, or no checkpoint")
+            return arrays, progress
         except BadInput as error:
             warn(str(error))
     if paths:
@@ -1296,21 +1358,24 @@ def load_model(path: str, learner: Learner) -> Learner:
 def open_directory(config: Config) -> tuple[Path, str]:
     """The directory of the run, new unless it is resumed, and its W&B id."""
     if config.resume:
-        path = Path(config.resume) / "config.json"
-        run_id = json.loads(path.read_text())["wandb_id"]
-        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
-        path.with_suffix(".part").write_text(text)  # with what changed: the next --resume needs no other flag either
-        os.replace(path.with_suffix(".part"), path)
-        return path.parent, run_id
-    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
-    if (directory / "config.json").exists():
-        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+        directory = Path(config.resume)
+        run_id = json.loads((directory / "config.json").read_text())["wandb_id"]
+    else:
+        name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+        if (directory / "config.json").exists():
+            raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
+    part = directory / "config.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"wandb_id": run_id}, indent=2))
+        part.write_text(text)  # of a resumed run with what changed: the next --resume needs no other flag either
+        os.replace(part, directory / "config.json")
     except OSError as error:
-        raise BadInput(f"cannot write to {directory}: {one_line(error)}; choose another --run-dir") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        what = f"cannot write to {directory}: {one_line(error)}"
+        raise BadInput(f"{what}; make room there or choose another --run-dir") from error
     return directory, run_id
 
 
@@ -1406,9 +1471,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
-        return {BadInput: 2, TrainingFailed: 1, KeyboardInterrupt: 130}[type(error)]
+        return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class NeverEnds(Counting):
     instances = itertools.count()
     all_steps = 0  # of all instances
 
-    def __init__(self, which: int = -1, at: int = 1, render_mode: str | None = None):
-        super().__init__(length=0, render_mode=render_mode)
+    def __init__(self, which: int = -1, at: int = 1, box: bool = False, render_mode: str | None = None):
+        super().__init__(length=0, box=box, render_mode=render_mode)
         self.at = at if next(NeverEnds.instances) == which else 0
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -64,8 +64,8 @@ class NeverEnds(Counting):
 
 
 class EndsEveryStep(Counting):
-    def __init__(self, truncate: bool = False, render_mode: str | None = None):
-        super().__init__(1, truncate, render_mode)
+    def __init__(self, truncate: bool = False, box: bool = False, render_mode: str | None = None):
+        super().__init__(1, truncate, box, render_mode)
 
 
 class NotANumber(Counting):
@@ -110,6 +110,35 @@ class Raises(Counting):
         self.count("close")
 
 
+class Faulty(Counting):
+    """What is wrong with its `at`-th step: an observation or a reward of a type or shape that its spaces do not say, a
+    step that does not come back, or a process that dies."""
+
+    def __init__(self, what: str = "longer", at: int = 5, **kwargs):
+        super().__init__(**kwargs)
+        self.what, self.at = what, at
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.steps == self.at:
+            match self.what:
+                case "longer":
+                    observation = np.append(observation, [0])
+                case "shorter":
+                    observation = observation[:1]
+                case "text":
+                    observation = "not an observation"
+                case "no reward":
+                    reward = None
+                case "two rewards":
+                    reward = np.ones(2)
+                case "hangs":
+                    time.sleep(3600)
+                case "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return observation, reward, terminated, truncated, info
+
+
 class Spaces(Counting):
     """Spaces by name, to be refused or not; it cannot be stepped."""
 
@@ -151,7 +180,7 @@ class Mortal(CartPoleEnv):
         return super().step(action)
 
 
-for environment in (Counting, NeverEnds, EndsEveryStep, NotANumber, Raises, Spaces):
+for environment in (Counting, NeverEnds, EndsEveryStep, NotANumber, Raises, Faulty, Spaces):
     gym.register(f"{environment.__name__}-v0", environment, disable_env_checker=True)
 gym.register("Mortal-v0", Mortal, max_episode_steps=500)
 

@@ -24,7 +24,6 @@ from tests.test_ppo_torch import assert_times_add_up, inspect, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
-    assert_resumes_to_the_bit,
     checkpoints,
     step_of,
 )
@@ -540,12 +539,6 @@ FLAGS = shlex.split(
     "--env-id Pendulum-v1 --hidden-sizes 32 32 --learning-starts 200 --batch-size 16 --log-interval 100 --num-envs 2 "
     "--eval-interval 0 --eval-episodes 1 --vectorization sync --buffer-size 700"
 )
-
-
-@each
-def test_killed_and_resumed(module, tmp_path):
-    flags = [*FLAGS, "--total-timesteps", "4000", "--checkpoint-interval", "500"]
-    assert_resumes_to_the_bit(ROOT / f"{module.__name__}.py", tmp_path, *flags)
 
 
 @each

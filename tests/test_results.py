@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from benchmarks import learning, off_policy_speed, ppo_speed, processes, unfenced, widths
+from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,6 +66,12 @@ def test_widths_table_in_the_readme_is_that_of_the_records():
     lines = (ROOT / "results" / "widths.csv").read_text().splitlines()
     rows = [(name, int(width), phase, float(ms)) for name, width, phase, ms in list(csv.reader(lines[1:]))[1:]]
     assert widths.markdown_table(rows) in README
+
+
+def test_faults_table_in_the_readme_is_that_of_the_records():
+    rows = faults.read()
+    assert {row.fault for row in rows} <= {fault.name for fault in faults.FAULTS}
+    assert faults.markdown_table(rows) in README
 
 
 def test_every_figure_of_the_readme_is_there():

@@ -1,0 +1,50 @@
+"""The short form of tests/faults.py: every script, the cheapest configuration, moments and damages of a fixed seed."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+from tests.faults import SCRIPTS, Script
+
+TIMES = {  # of each fault
+    faults.killed: 1,
+    faults.fuzzed: 40,
+    faults.any_input: 8,
+}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request, tmp_path_factory) -> Script:
+    return Script(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def assert_held(function, script: Script, times: int) -> None:
+    problems = list(function(script, times, random.Random(0)))
+    assert problems == [None] * times, problems
+
+
+@pytest.mark.parametrize("function", TIMES, ids=lambda function: function.__name__)
+def test_fault(function, script):
+    assert_held(function, script, TIMES[function])
+
+
+def test_an_environment_that_hangs(tmp_path):
+    assert_held(faults.worker, Script("vpg_torch", tmp_path), 1)
+
+
+def test_what_does_not_hold_is_told(tmp_path: Path):
+    """A driver that finds nothing wrong with anything would pass all tests."""
+
+    def breaks() -> None:
+        raise AssertionError("it broke")
+
+    def fault(script, times, rng):
+        yield faults.tried(breaks)
+        yield faults.tried(int)
+
+    row = faults.run(Script("vpg_torch", tmp_path), faults.Fault("kind", "name", 2, fault), 2, random.Random(0))
+    assert row == ("vpg_torch", "kind", "name", 2, 1)
+    cells = faults.markdown_table([row._replace(fault=faults.FAULTS[0].name)]).splitlines()[2].split("|")[2:-1]
+    assert [cell.strip() for cell in cells] == ["**1 of 2**", *[""] * 7]
