@@ -24,9 +24,13 @@ help:
 run: $(SCRIPT) .venv/installed-$(REQUIREMENTS)
 	@$(PYTHON) $(SCRIPT) $(ARGS)
 
-# without a display MuJoCo renders through EGL, but only if told so
+# Tests side by side, one a core; then those that compare times, alone. 5: none was chosen (by ARGS).
+# Without a display MuJoCo renders through EGL, but only if told so.
 test: .venv/installed-all
-	@if [ "$$(uname)" = Linux ]; then export MUJOCO_GL=$${MUJOCO_GL:-egl}; fi; $(PYTHON) -m pytest $(ARGS)
+	@if [ "$$(uname)" = Linux ]; then export MUJOCO_GL=$${MUJOCO_GL:-egl}; fi; \
+	$(PYTHON) -m pytest -m 'not clock' -n logical --dist worksteal $(ARGS); together=$$?; \
+	$(PYTHON) -m pytest -m clock $(ARGS); alone=$$?; \
+	case $$together$$alone in 00|05|50) ;; *) exit 1 ;; esac
 
 lint: .venv/installed-all
 	@$(PYTHON) -m ruff check

@@ -329,6 +329,7 @@ def test_cartpole_is_learnt(tmp_path):
 # ------------------------------------------------------------------------------------------------- record and timing
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeypatch):
     config = config_of(num_steps=512, total_timesteps=30 * 2048, wandb_mode="offline", timing_interval=timing_interval)

@@ -408,6 +408,7 @@ HEAVY = {
 }
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("phase", HEAVY)
 @each
 def test_a_heavier_phase_shows_in_its_own_key(module, phase):
@@ -420,6 +421,7 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase):
     assert growth[phase.split("/")[0]] > 0.5 * growth["iteration"]
 
 
+@pytest.mark.clock
 @each
 def test_a_sleeping_environment_shows_in_step_alone(module):
     lap, awake = (laps(module, configured(module, env, total_timesteps=1000)) for env in ("Sleeper", "Counter"))
@@ -428,6 +430,7 @@ def test_a_sleeping_environment_shows_in_step_alone(module):
     assert lap["step"] > 0.005 > 2 * (growth["iteration"] - growth["step"])  # if half of it slept elsewhere
 
 
+@pytest.mark.clock
 @each
 def test_a_phase_ends_when_its_result_is_there(module):
     config = configured(module, total_timesteps=1000)
@@ -461,6 +464,7 @@ OF_MPO = OF_MPO - {"losses/actor_loss"} | {"times/loss/dual"}
 MISSING = {td3_jax: OF_SAC | OF_MPO, sac_jax: OF_MPO, mpo_jax: OF_SAC}  # of the glossary
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 @each
 def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path, monkeypatch):

@@ -685,6 +685,7 @@ def test_resumed_on_gymnax(tmp_path):
     assert_same_model(again, whole)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 def test_the_record_of_gymnax_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeypatch):
     flags = {"num_steps": 240, "total_timesteps": 12 * 720, "timing_interval": timing_interval, "eval_episodes": 2}

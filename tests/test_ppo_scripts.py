@@ -79,6 +79,7 @@ def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: in
     return found[1:]
 
 
+@pytest.mark.clock
 @each
 def test_a_sleeping_environment_shows_in_step_alone(module):
     found = laps(module, known(module, "Sleeper", num_envs=2))
@@ -98,6 +99,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("phase", FUNCTIONS)
 @each
 def test_a_heavier_phase_shows_in_its_own_key(module, phase):
@@ -111,6 +113,7 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase):
     assert heavy[phase] > 20 * light[phase]
 
 
+@pytest.mark.clock
 @each
 def test_a_phase_ends_when_its_result_is_there(module):
     """The gradient is asked for at once and computed late: all of that is the loss, nothing of it is left for later."""
@@ -138,6 +141,7 @@ def test_a_phase_ends_when_its_result_is_there(module):
     assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 @each_other
 def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path, monkeypatch):

@@ -870,6 +870,7 @@ def fastest(found: list[dict[str, float]]) -> dict[str, float]:
 PHASES = {"forward", "step", "gae", "shuffle", "loss", "kl", "weight_update", "record", "other"}
 
 
+@pytest.mark.clock
 def test_a_sleeping_environment_shows_in_step_alone():
     config = known("Sleeper", 2, 16)
     found = laps(config)
@@ -879,6 +880,7 @@ def test_a_sleeping_environment_shows_in_step_alone():
     assert min(lap["iteration"] - lap["step"] for lap in found) < 0.25 * 2 * 16 * 0.005  # if a quarter slept elsewhere
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(
     ("phase", "owner", "name", "times"),
     [
@@ -958,6 +960,7 @@ def watched_clock(module: ModuleType, monkeypatch) -> list[float]:
     return clock
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(
     "config",
     [
@@ -1228,6 +1231,7 @@ def test_cartpole_is_learnt(trained):
     assert found and float(found[1]) > 300, output
 
 
+@pytest.mark.clock
 def test_a_row_takes_a_tenth_of_a_second(trained):
     """Or is beside an iteration that is timed phase by phase, or ends where a checkpoint begins."""
     directory, _ = trained

@@ -170,7 +170,8 @@ def test_make_run_installs_once(make):
     assert calls == ["python3.12 -m venv --clear .venv", install.format("torch"), train.format("ppo_torch.py --seed 3")]
     assert make("run", pythons={})[1] == ["python ppo_torch.py"]
     assert make("run", "SCRIPT=compare.py", pythons={})[1] == [install.format("all"), "python compare.py"]
-    assert make("test", pythons={})[1] == ["python -m pytest"]
+    together = "python -m pytest -m not clock -n logical --dist worksteal"
+    assert make("test", pythons={})[1] == [together, "python -m pytest -m clock"]
     os.utime(make.repository / "requirements/torch.txt", (time.time() + 5,) * 2)
     assert make("run", pythons={})[1] == [install.format("torch"), "python ppo_torch.py"]
     os.utime(make.repository / "requirements/torch.txt", (time.time() - 5,) * 2)

@@ -465,6 +465,7 @@ def test_cartpole_is_learnt(tmp_path):
     assert {"charts/episodic_return", "charts/learning_rate", "charts/SPS", "charts/evaluation_return"} <= keys
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 def test_the_phases_partition_the_run(timing_interval, tmp_path, monkeypatch):
     flags = {"num_steps": 512, "timing_interval": timing_interval, "eval_interval": 8192, "vectorization": "sync"}
