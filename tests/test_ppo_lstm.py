@@ -42,7 +42,7 @@ from ppo_lstm_jax import (
     update,
 )
 from tests.backends import double_precision, doubled
-from tests.test_gymnax import ENDS
+from tests.gymnax_environments import ENDS
 from tests.test_ppo_torch import PHASES, assert_times_add_up, call, inspect, slow_gae, watched_clock
 from tests.test_reliability import (
     BAD_INPUT,
@@ -577,7 +577,7 @@ def test_velocities_that_are_not_known():
 
 
 def on_gymnax(name: str, kwargs: dict | None = None, **flags) -> Config:
-    """A config for a game of gymnax's, or the Counter of tests/test_gymnax.py"""
+    """A config for a game of gymnax's, or the Counter of tests/gymnax_environments.py"""
     flags = {"env_id": f"gymnax/{name}", "env_kwargs": json.dumps(kwargs or {}), "eval_episodes": 0} | flags
     return dataclasses.replace(SMALL, **flags)
 

@@ -122,9 +122,10 @@ class Process:
 
 
 def environment_variables(home: Path) -> dict[str, str]:
-    """No W&B account, own home and folder of temporary files, one thread, what JAX compiled before."""
+    """No W&B account, own home, one thread, what JAX compiled before, a folder of temporary files whose name is short:
+    a socket's path may have a hundred characters."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    ours |= {"HOME": str(home), "NETRC": str(home / "netrc"), "TMPDIR": str(home), "OMP_NUM_THREADS": "1"}
+    ours |= {"HOME": str(home), "NETRC": str(home / "netrc"), "TMPDIR": backends.TEMPORARY.name, "OMP_NUM_THREADS": "1"}
     ours |= {"JAX_COMPILATION_CACHE_DIR": backends.CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return ours | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
