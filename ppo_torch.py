@@ -1044,14 +1044,15 @@ class Run:
         about |= {"framework": FRAMEWORK, "versions": versions | {"python": platform.python_version()}}
         about |= {"cpu": f"{cpu_name()}, {os.cpu_count()} cores", "resumed_at": self.global_step}
         about |= {"segment": len(list(self.directory.glob("**/wandb/*run-*")))}  # in order, whatever the clock says
-        os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
         if config.wandb_mode != "online":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would call home
         with contextlib.suppress(ImportError):
             importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if config.wandb_mode != "disabled":
+            os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
