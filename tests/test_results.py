@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from benchmarks import learning, off_policy_speed, ppo_speed, processes, unfenced, widths
+from benchmarks import gymnax_speed, learning, off_policy_speed, ppo_speed, processes, unfenced, widths
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,19 @@ def test_speed_ratios_compare_neighbours_in_time():
         "| sb3 | 75 (50 to 100) | 1.00 (1.00 to 1.00) | 1.50 (1.00 to 2.00) |",
         "| sbx | 50 (50 to 50) | 0.75 (0.50 to 1.00) | 1.00 (1.00 to 1.00) |",
         "| ppo_torch | 175 (150 to 200) | 2.50 (2.00 to 3.00) | 3.50 (3.00 to 4.00) |",
+    ]
+
+
+def test_table_of_the_device_in_the_readme_is_that_of_the_records():
+    assert gymnax_speed.markdown_table(gymnax_speed.recorded(ROOT / "results" / "gymnax_speed.csv")) in README
+
+
+def test_ratios_on_the_device_compare_neighbours_in_time():
+    rows = [(0, 4, 1, 1, False, 100, 50), (0, 4, 1, 1, True, 300, 70), (1, 4, 1, 1, False, 50, 50)]
+    rows = [gymnax_speed.Row(*row) for row in [*rows, (1, 4, 1, 1, True, 250, 90)]]
+    assert gymnax_speed.markdown_table(rows).splitlines()[2:] == [
+        "| SB3 (PyTorch) | 4 | 1 | 1 | 75 (50 to 100) | 1.0 (1.0 to 1.0) | 50 |",
+        "| `ppo_jax.py`, gymnax | 4 | 1 | 1 | 275 (250 to 300) | 4.0 (3.0 to 5.0) | 80 |",
     ]
 
 
