@@ -223,7 +223,8 @@ def test_video(module, tmp_path):
 
 @each_other
 def test_cartpole_is_learnt(module, tmp_path):
-    config = module.Config(total_timesteps=65536, vectorization="sync", run_dir=str(tmp_path / "run"))
+    steps = 98304 if module is ppo_lstm_jax else 65536  # an LSTM learns later
+    config = module.Config(total_timesteps=steps, vectorization="sync", run_dir=str(tmp_path / "run"))
     result = module.train(dataclasses.replace(config, wandb_mode="disabled"))
     assert np.mean(result.evaluation_returns) > 300
 
