@@ -40,6 +40,7 @@ from tests import backends, environments
 
 ROOT = Path(ppo_torch.__file__).parent
 SCRIPT = ROOT / "ppo_torch.py"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and all they start
 DEADLINE = 120  # seconds for anything to happen; a quiet machine needs a few
 SMALL = shlex.split("--num-envs 2 --num-steps 16 --total-timesteps 320 --eval-episodes 2 --vectorization sync")
 SILENT = [*SMALL, "--wandb-mode", "disabled"]
