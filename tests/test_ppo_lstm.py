@@ -688,8 +688,8 @@ def test_resumed_on_gymnax(tmp_path):
 @pytest.mark.clock
 @pytest.mark.parametrize("timing_interval", [1, 0])
 def test_the_record_of_gymnax_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeypatch):
-    flags = {"num_steps": 240, "total_timesteps": 12 * 720, "timing_interval": timing_interval, "eval_episodes": 2}
-    flags |= {"wandb_mode": "offline", "eval_interval": 2880, "run_dir": str(tmp_path / "run")}
+    flags = {"num_steps": 480, "total_timesteps": 24 * 1440, "timing_interval": timing_interval, "eval_episodes": 2}
+    flags |= {"wandb_mode": "offline", "eval_interval": 11520, "run_dir": str(tmp_path / "run"), "lstm_size": 64}
     clock = watched_clock(ppo_lstm_jax, monkeypatch)
     train(on_gymnax("CartPole-v1", **flags))
     _, rows = inspect(tmp_path / "run")
