@@ -1206,7 +1206,7 @@ class GymnaxEnvironments:
         self.simulator, self.episodes = None, []
         self.evaluated, self.evaluated_seed = None, 0  # from --seed on
         is_image = len(self.observation_shape) == 3  # XLA's convolutions on a CPU are slow inside a loop
-        self.iterations_of_call = 1 if is_image else max(1, STEPS_OF_A_CALL // config.batch_size)
+        self.iterations_per_call = 1 if is_image else max(1, STEPS_OF_A_CALL // config.batch_size)
 
     def restart(self, *seed: int) -> None:
         """First episodes, where there are none yet: those of training, or of a checkpoint, go on."""
@@ -1465,7 +1465,7 @@ def collect_and_update(
     if is_timed:
         outcome = iterate_on_device(learner, envs.simulator, envs, config, stopwatch.timed)
     else:
-        all_rates = np.zeros(envs.iterations_of_call, learner.agent.weights.dtype)
+        all_rates = np.zeros(envs.iterations_per_call, learner.agent.weights.dtype)
         all_rates[: len(rates)] = rates
         arguments = learner, envs.simulator, all_rates, envs, config, np.int32(len(rates))
         outcome = stopwatch.timed("update", iterate_fused, *arguments)
@@ -1892,13 +1892,13 @@ class DeviceRun(Run):
 
     def is_timed(self, iteration: int) -> bool:
         interval = self.config.timing_interval
-        return interval > 0 and iteration % ((interval - 1) * self.envs.iterations_of_call + 1) == 0
+        return interval > 0 and iteration % ((interval - 1) * self.envs.iterations_per_call + 1) == 0
 
     def iterations_of_call(self) -> range:
         """From this iteration to the last that the next call holds: until one is timed or something is due"""
         first, config = self.iteration, self.config
         while not (
-            self.iteration - first == self.envs.iterations_of_call - 1
+            self.iteration - first == self.envs.iterations_per_call - 1
             or self.iteration == config.num_iterations
             or self.is_timed(self.iteration)
             or self.is_timed(self.iteration + 1)
