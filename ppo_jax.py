@@ -1205,7 +1205,7 @@ class GymnaxEnvironments:
         self.advance_alone = jax.jit(self.advance)
         self.simulator, self.episodes = None, []
         self.evaluated, self.evaluated_seed = None, 0  # from --seed on
-        is_image = len(self.observation_shape) == 3  # XLA's convolutions on a CPU are slow inside a loop
+        is_image = len(self.observation_shape) == 3  # the Nature CNN's convolutions are slow in a loop
         self.iterations_per_call = 1 if is_image else max(1, STEPS_OF_A_CALL // config.batch_size)
 
     def restart(self, *seed: int) -> None:
