@@ -128,7 +128,7 @@ class Config:
     max_grad_norm: Positive = 0.5  # largest global norm of the gradient
     target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
     adam_eps: Positive = 1e-5  # Adam's ε
-    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers before the LSTM, for vector observations
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers after the LSTM, for vector observations
     lstm_size: Count = 64  # H, units of each layer of an LSTM
     lstm_layers: Count = 1  # layers of an LSTM; actor and critic have one each
     sequence_length: Count = 32  # S, steps that a gradient goes back through; divides --num-steps
@@ -258,7 +258,10 @@ class Agent(struct.PyTreeNode):
 
 
 class RecurrentNetwork(nn.Module):
-    """Tanh layers of these sizes, an LSTM, and a linear layer whose initial weights have this gain.
+    """An LSTM, tanh layers of these sizes, and a linear layer whose initial weights have this gain.
+
+    Layers after the LSTM can do more than those before it: a velocity, say, is known only once the LSTM has compared two
+    positions, and what to do about it need not be linear.
 
     The LSTM has a forget gate (Gers et al. 2000, "Learning to Forget"), whose bias is 1 at first: a cell begins with
     keeping what it holds. Names and order of the gates are torch's:
@@ -274,8 +277,6 @@ class RecurrentNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: Tensor, carry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """(S, B, F), (B, layers, 2, H), (S, B) -> (S, B, outputs), carries after each step (S, B, layers, 2, H)"""
-        for i, size in enumerate(self.sizes):
-            x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
         orthogonal, size = nn.initializers.orthogonal(), 4 * self.lstm_size
         keep, carries = 1 - starts.astype(carry.dtype)[..., None], []
         for layer in range(self.lstm_layers):
@@ -285,6 +286,8 @@ class RecurrentNetwork(nn.Module):
             gates = x @ w_ih + b  # (S, B, 4H), one product for all steps
             x, cells = lstm(gates, keep, w_hh, carry[:, layer, 0], carry[:, layer, 1])
             carries.append(jnp.stack([x, cells], 2))
+        for i, size in enumerate(self.sizes):
+            x = nn.tanh(initialised(nn.Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
         return initialised(nn.Dense, self.gain)(self.outputs, name="head")(x), jnp.stack(carries, 2)
 
 
@@ -625,36 +628,6 @@ def collect_rollout(
     return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations, carry)
 
 
-def iterate(
-    learner: Learner,
-    envs: "RecurrentEnvironments",
-    config: Config,
-    rng: np.random.Generator,
-    stopwatch: "Stopwatch",
-    is_timed: bool,
-) -> tuple[Learner, Rollout, Batch, dict[str, float]]:
-    """Rollout and update: on the device one compiled call; with Gymnasium's environments, each step and the update"""
-    carry = learner.agent.first_carry(config.num_envs) if envs.carry is None else envs.carry
-    if isinstance(envs, GymnaxEnvironments):
-        arguments = learner, envs.simulator, carry, envs, config
-        if is_timed:
-            outcome = iterate_on_device(*arguments, stopwatch.timed)
-        else:
-            outcome = stopwatch.timed("update", iterate_on_device, *arguments, plainly)
-        learner, envs.simulator, envs.carry, (transitions, largest), batch, metrics = outcome
-        check_finite(config.env_id, **largest)
-        envs.add_episodes(transitions)
-        return learner, transitions, batch, on_host(metrics)
-    rollout = collect_rollout(learner.agent, carry, envs, config, rng, stopwatch.timed)
-    arguments = learner, rollout, config, rng
-    if is_timed:
-        learner, batch, metrics = update(*arguments, stopwatch.timed)
-    else:
-        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
-    envs.carry = batch.carries[-1]
-    return learner, rollout, batch, metrics
-
-
 # ----------------------------------------------------------------------------------------------------------- train
 
 
@@ -684,7 +657,18 @@ def train(config: Config) -> Result:
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
                 is_timed = run.is_timed(iteration)
-                learner, rollout, batch, metrics = iterate(learner, envs, config, rng, stopwatch, is_timed)
+                carry = learner.agent.first_carry(config.num_envs) if envs.carry is None else envs.carry
+                if is_gymnax(config):
+                    outcome = collect_and_update(learner, envs, carry, config, stopwatch, is_timed)
+                    learner, rollout, batch, metrics = outcome
+                else:
+                    rollout = collect_rollout(learner.agent, carry, envs, config, rng, stopwatch.timed)
+                    arguments = learner, rollout, config, rng
+                    if is_timed:
+                        learner, batch, metrics = update(*arguments, stopwatch.timed)
+                    else:
+                        learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
+                envs.carry = batch.carries[-1]
                 if is_timed:
                     stopwatch.timed("probe", probe, learner, envs, batch, config, stopwatch)
                 run.check(metrics)
@@ -1573,12 +1557,32 @@ def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
 
 def iterate_on_device(
     learner: Learner, simulator: Simulator, carry: Tensor, envs: GymnaxEnvironments, config: Config, timed: Callable
-) -> tuple[Learner, Simulator, Tensor, tuple, Batch, dict[str, Tensor]]:
-    """Rollout and update -> learner, simulator, carry, what the host reads of the rollout, batch, metrics"""
+) -> tuple[Learner, Simulator, tuple, Batch, dict[str, Tensor]]:
+    """Rollout and update -> learner, simulator, what the host reads of the rollout, batch, metrics"""
     simulator, transitions = collect_on_device(learner.agent, simulator, carry, envs, config, timed)
     rollout = timed("gae", as_rollout, transitions, simulator, carry)
     learner, batch, metrics = update(learner, rollout, config, Permutations(simulator, timed), timed)
-    return learner, simulator, batch.carries[-1], timed("step", digest, transitions), batch, metrics
+    return learner, simulator, timed("step", digest, transitions), batch, metrics
+
+
+def collect_and_update(
+    learner: Learner,
+    envs: GymnaxEnvironments,
+    carry: Tensor,
+    config: Config,
+    stopwatch: "Stopwatch",
+    is_timed: bool,
+) -> tuple[Learner, Transition, Batch, dict[str, float]]:
+    """One iteration phase by phase, or in one call"""
+    arguments = learner, envs.simulator, carry, envs, config
+    if is_timed:
+        outcome = iterate_on_device(*arguments, stopwatch.timed)
+    else:
+        outcome = stopwatch.timed("update", iterate_on_device, *arguments, plainly)
+    learner, envs.simulator, (transitions, largest), batch, metrics = outcome
+    check_finite(config.env_id, **largest)
+    envs.add_episodes(transitions)
+    return learner, transitions, batch, on_host(metrics)
 
 
 def plainly(phase: str | None, function: Callable, *arguments):
@@ -1613,9 +1617,11 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
         return
     envs.restart(0)
     simulator, carry, unread = envs.simulator, envs.carry, Stopwatch(stopwatch.fence, stopwatch.compiled)
+    envs.carry = learner.agent.first_carry(config.num_envs)
     learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
     for is_timed in (False, False, config.timing_interval > 0):
-        learner, _, batch, _ = iterate(learner, envs, config, np.random.default_rng(0), unread, is_timed)
+        learner, _, batch, _ = collect_and_update(learner, envs, envs.carry, config, unread, is_timed)
+        envs.carry = batch.carries[-1]
     probe(learner, envs, batch, config, unread)
     envs.simulator, envs.carry, envs.episodes = simulator, carry, []
 

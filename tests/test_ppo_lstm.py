@@ -109,14 +109,14 @@ class Slow:
     def __call__(self, x: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(F,), (layers, 2, H) -> output, carry after the step"""
         get, after = self.arrays.get, []
-        for i in range(len([name for name in self.arrays if name[0].isdigit() and name.endswith("weight")])):
-            x = np.tanh(get(f"{2 * i}.weight") @ x + get(f"{2 * i}.bias"))
         for i, (h, c) in enumerate(carry):
             gates = get(f"lstm.weight_ih_l{i}") @ x + get(f"lstm.weight_hh_l{i}") @ h + get(f"lstm.bias_ih_l{i}")
             into, keep, new, out = np.split(gates, 4)
             c = expit(keep) * c + expit(into) * np.tanh(new)
             x = expit(out) * np.tanh(c)
             after.append((x, c))
+        for i in range(len([name for name in self.arrays if name[0].isdigit() and name.endswith("weight")])):
+            x = np.tanh(get(f"{2 * i}.weight") @ x + get(f"{2 * i}.bias"))
         return get("head.weight") @ x + get("head.bias"), np.array(after)
 
 
@@ -178,15 +178,15 @@ def test_the_lstm_is_torchs(layers):
     prefix = "actor.lstm."
     state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
     state |= {name.replace("ih", "hh"): torch.zeros_like(x) for name, x in state.items() if name.startswith("bias")}
-    lstm, rng = torch.nn.LSTM(8, 5, layers), np.random.default_rng(0)
+    lstm, rng = torch.nn.LSTM(3, 5, layers), np.random.default_rng(0)
     lstm.load_state_dict(state)
     x, carry = rng.standard_normal((7, 4, 3)).astype(np.float32), rng.standard_normal((4, 2, layers, 2, 5))
     carry = carry.astype(np.float32)
     policy, _, carries = jax.jit(type(learner.agent).__call__)(learner.agent, x, carry, np.zeros((7, 4)))
-    features = torch.tanh(torch.from_numpy(x) @ arrays["actor.0.weight"].T + arrays["actor.0.bias"])
     h, c = (torch.from_numpy(carry[:, 0, :, k].swapaxes(0, 1).copy()) for k in (0, 1))
-    outputs, (h, c) = lstm(features, (h, c))
-    expected = outputs @ arrays["actor.head.weight"].T + arrays["actor.head.bias"]
+    outputs, (h, c) = lstm(torch.from_numpy(x), (h, c))
+    features = torch.tanh(outputs @ arrays["actor.0.weight"].T + arrays["actor.0.bias"])
+    expected = features @ arrays["actor.head.weight"].T + arrays["actor.head.bias"]
     np.testing.assert_allclose(policy, expected.detach(), rtol=0, atol=1e-5)
     last = torch.stack([h, c], 2).detach().swapaxes(0, 1)  # (B, layers, 2, H)
     np.testing.assert_allclose(carries[-1, :, 0], last, rtol=0, atol=1e-5)
@@ -461,7 +461,7 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(tmp_path):
     assert train(dataclasses.replace(config, **flags)).evaluation_returns == first.evaluation_returns
     for what, value in {"lstm_size": 6, "lstm_layers": 1}.items():
         flags |= {what: value, "run_dir": str(tmp_path / what)}
-        with pytest.raises(ppo_lstm_jax.BadInput, match=r"(head|lstm).* there and .* here.*--lstm-size, --lstm-layers"):
+        with pytest.raises(ppo_lstm_jax.BadInput, match=r"actor.* there and .* here.*--lstm-size, --lstm-layers"):
             train(dataclasses.replace(config, **flags))
 
 
@@ -652,8 +652,11 @@ def test_fused_is_timed():
             stopwatch = new_stopwatch(learner, config)
             stopwatch.compiled |= ppo_lstm_jax.compiled_on_device(envs)
             learner = ppo_lstm_jax.with_learning_rate(learner, config.learning_rate)
+            carry = learner.agent.first_carry(config.num_envs)
             for _ in range(2):
-                learner, _, _, metrics = ppo_lstm_jax.iterate(learner, envs, config, None, stopwatch, is_timed)
+                arguments = learner, envs, carry, config, stopwatch, is_timed
+                learner, _, batch, metrics = ppo_lstm_jax.collect_and_update(*arguments)
+                carry = batch.carries[-1]
             outcomes[kind, is_timed] = np.asarray(learner.agent.weights), metrics
     for kind in ("all", "stopped"):
         (fused, metrics), (timed, expected) = outcomes[kind, False], outcomes[kind, True]
@@ -726,8 +729,8 @@ def test_an_image_game_on_the_device():
     envs.restart(0)
     carry = learner.agent.first_carry(3)
     iterate = jax.jit(ppo_lstm_jax.iterate_on_device, static_argnums=(3, 4, 5))
-    after = iterate.eval_shape(learner, envs.simulator, carry, envs, config, ppo_lstm_jax.plainly)[:3]
-    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in ((learner, envs.simulator, carry), after))
+    after = iterate.eval_shape(learner, envs.simulator, carry, envs, config, ppo_lstm_jax.plainly)[:2]
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in ((learner, envs.simulator), after))
     assert before == after
 
 
@@ -797,4 +800,4 @@ def test_a_model_without_a_memory_is_refused(tmp_path):
     config = ppo_jax.Config(total_timesteps=0, eval_episodes=0, wandb_mode="disabled", vectorization="sync")
     ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
     outcome = main(*QUIET, "--load-model", tmp_path / "run/model.safetensors", module=ppo_lstm_jax)
-    assert_refused(outcome, "actor", "missing", "another script", module=ppo_lstm_jax)
+    assert_refused(outcome, "actor.0.weight", "another script", module=ppo_lstm_jax)
