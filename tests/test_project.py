@@ -222,3 +222,10 @@ def test_code_lines():
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_the_part_of_the_paper_stays_short(path):
     assert code_lines(path.read_text(), "networks", "rollout") <= (120 if path.stem == "vpg_torch" else 250)
+
+
+def test_functions_that_the_readme_links_are_there():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 30
+    for name, script in links:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / script).read_text(), re.M), f"{name} is not in {script}"
