@@ -221,6 +221,14 @@ def test_scaled_actions():
         np.testing.assert_array_equal(module.environment_actions(actions, space), np.array(expected))
 
 
+@each
+def test_bounds_whose_distance_is_no_float(module):
+    largest = np.finfo(np.float32).max
+    space = module.spaces.Box(-largest, largest, (1,), np.float32)
+    actions = module.environment_actions(np.array([[-1], [0], [0.5], [1]], np.float32), space)
+    np.testing.assert_array_equal(actions, [[-largest], [0], [largest / 2], [largest]])
+
+
 @pytest.mark.parametrize("flag", ["terminated", "truncated", "both"])
 @each
 def test_a_truncation_is_not_terminal(module, flag):
