@@ -97,6 +97,7 @@ TITLES = {
     "losses/critic_loss": "critic loss",
     "losses/entropy": "entropy (nats)",
     "losses/approx_kl": "approximate KL (nats)",
+    "losses/old_approx_kl": "approximate KL, k1 (nats)",
     "losses/clipfrac": "clipped fraction",
     "losses/explained_variance": "explained variance",
     "losses/grad_norm": "gradient norm",
