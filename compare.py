@@ -592,10 +592,9 @@ def panels(figure: Any, count: int, runs: list[Run], ylabel: str, sharey: bool =
     return list(axes[:count]), unit
 
 
-def seeds(runs: list[Run], each_drawn: bool = False) -> str:
+def seeds(runs: list[Run]) -> str:
     counts = sorted({len(pooled) for pooled in group(runs, "env_id", "script").values()})
-    text = "1 seed" if counts == [1] else f"{counts[0]} to {counts[-1]} seeds" if counts[1:] else f"{counts[0]} seeds"
-    return text + (", each drawn" if each_drawn and counts[-1] < 3 else "")
+    return "1 seed" if counts == [1] else f"{counts[0]} to {counts[-1]} seeds" if counts[1:] else f"{counts[0]} seeds"
 
 
 def estimator(runs: list[Run]) -> str:
@@ -612,8 +611,11 @@ def colours(runs: list[Run]) -> dict[str, str]:
     return {script: SCRIPT_COLOURS.get(script) or next(free) for script in scripts}
 
 
-def draw_curve(axis: Axes, runs: list[Run], key: str, colour: str, unit: float, scale: float = 1) -> None:
-    """Interquartile mean and interval over seeds; of fewer than three, each seed as a thin line."""
+def draw_curve(
+    axis: Axes, runs: list[Run], key: str, colour: str, unit: float, scale: float = 1, each_seed: bool = False
+) -> None:
+    """Interquartile mean and interval over seeds, each seed as a thin line where asked for; of fewer than three these
+    alone."""
     recorded = [run for run in runs if run.has(key)]
     if not recorded:
         return
@@ -625,6 +627,8 @@ def draw_curve(axis: Axes, runs: list[Run], key: str, colour: str, unit: float, 
     low, high = bootstrap_interval(values)
     axis.plot(grid / unit, scale * interquartile_mean(values), color=colour, marker=marker, markersize=3)
     axis.fill_between(grid / unit, scale * low, scale * high, color=colour, alpha=0.2, linewidth=0)
+    if each_seed:
+        axis.plot(grid / unit, scale * values.T, color=colour, linewidth=0.6, alpha=0.6)
 
 
 def logarithmic(axes: list[Axes]) -> None:
@@ -645,8 +649,10 @@ def logarithmic(axes: list[Axes]) -> None:
 Panel = tuple[str, list[Run], str]  # title, runs, key
 
 
-def draw_panels(title: str, contents: list[Panel], ylabel: str, height: float, milliseconds=False) -> Figure | None:
-    """A panel for each of the contents, a curve for each script."""
+def draw_panels(
+    title: str, contents: list[Panel], ylabel: str, height: float, milliseconds: bool = False, each_seed: bool = False
+) -> Figure | None:
+    """A panel for each of the contents, a curve for each script, and each seed."""
     if not contents:
         return None
     runs = list({run.id: run for _, here, _ in contents for run in here}.values())
@@ -654,12 +660,15 @@ def draw_panels(title: str, contents: list[Panel], ylabel: str, height: float, m
     axes, unit = panels(figure, len(contents), runs, ylabel)
     for axis, (name, here, key) in zip(axes, contents, strict=True):
         for script, pooled in group(here, "script").items():
-            draw_curve(axis, pooled, key, colours(runs)[script], unit, scale=1e3 if milliseconds else 1)
+            draw_curve(axis, pooled, key, colours(runs)[script], unit, 1e3 if milliseconds else 1, each_seed)
         axis.set_title(name)
         if milliseconds:
             logarithmic([axis])
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours(runs).values()]
-    texts = [f"{script} ({seeds(pooled, each_drawn=True)})" for script, pooled in group(runs, "script").items()]
+    pools = group(runs, "script")
+    most = {script: max(map(len, group(pooled, "env_id").values())) for script, pooled in pools.items()}
+    drawn = {script: ", each drawn" * (each_seed or count < 3) for script, count in most.items()}
+    texts = [f"{script} ({seeds(pooled)}{drawn[script]})" for script, pooled in pools.items()]
     figure.legend(handles, texts, loc="outside lower center", ncols=4)
     return figure
 
@@ -670,8 +679,8 @@ def draw_returns(runs: list[Run], title: str) -> Figure | None:
     for env_id, here in environments.items():
         if max(sum(EVALUATION in row for row in run.rows) for run in here) >= 5:
             contents.append((f"{'' if env_id == title else env_id} evaluation, greedy".strip(), here, EVALUATION))
-    height = 3.2 if len(contents) == 1 else 2.4
-    return draw_panels(f"{title}: return during training", contents, "return of an episode", height)
+    height, is_alone = 3.2 if len(contents) == 1 else 2.4, len(group(runs, "script")) == 1
+    return draw_panels(f"{title}: return during training", contents, "return of an episode", height, each_seed=is_alone)
 
 
 def draw_phases(runs: list[Run], title: str) -> Figure | None:

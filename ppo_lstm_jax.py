@@ -260,8 +260,8 @@ class Agent(struct.PyTreeNode):
 class RecurrentNetwork(nn.Module):
     """An LSTM, tanh layers of these sizes, and a linear layer whose initial weights have this gain.
 
-    Layers after the LSTM can do more than those before it: a velocity, say, is known only once the LSTM has compared two
-    positions, and what to do about it need not be linear.
+    Layers after the LSTM can do more than those before it: a velocity, say, is known only once the LSTM has compared
+    two positions, and what to do about it need not be linear.
 
     The LSTM has a forget gate (Gers et al. 2000, "Learning to Forget"), whose bias is 1 at first: a cell begins with
     keeping what it holds. Names and order of the gates are torch's:

@@ -28,7 +28,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.ppo_speed import measure_peer, recorded_speed  # noqa: E402
+from benchmarks.speed import SUITES, measure_ours  # noqa: E402
 
 SB3_STEPS = 100_000
 VERSIONS = ("stable-baselines3", "torch", "jax", "gymnax", "gymnasium", "numpy")
@@ -71,9 +71,9 @@ class Config:
 
 def measure(contestant: Contestant) -> float:
     if not contestant.steps:
-        return measure_peer("stable_baselines3", SB3_STEPS)
-    flags = {"num_envs": contestant.num_envs, "num_seeds": contestant.num_seeds, "total_timesteps": contestant.steps}
-    return contestant.num_seeds * recorded_speed("ppo_jax", env_id="gymnax/CartPole-v1", **flags)
+        return SUITES["ppo"]().references["SB3"](steps=SB3_STEPS)
+    flags = {"num_envs": contestant.num_envs, "num_seeds": contestant.num_seeds, "steps": contestant.steps}
+    return contestant.num_seeds * measure_ours("ppo_jax", env_id="gymnax/CartPole-v1", **flags)
 
 
 def main(config: Config) -> None:

@@ -148,7 +148,7 @@ ROWS = {
         note="velocity masked",
     ),
     "lstm_pendulum_full": Row(
-        f"--env-id Pendulum-v1 {PENDULUM_WITH_MEMORY} --total-timesteps 1000000", 5, "", (*LSTM, "ppo_jax")
+        f"--env-id Pendulum-v1 {PENDULUM_WITH_MEMORY} --total-timesteps 1000000", 3, "", (*LSTM, "ppo_jax")
     ),
     "lstm_lunarlander": Row(
         "--env-id LunarLander-v3 --mask-velocity --num-envs 16 --num-steps 256 --num-minibatches 16 --gamma 0.999 "

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import mpo_jax  # noqa: E402
 from benchmarks import learning  # noqa: E402
-from benchmarks.off_policy_speed import measure_ours  # noqa: E402
+from benchmarks.speed import measure_ours  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def markdown_table(seconds: dict[str, list[float]], distance: dict[str, tuple[fl
 
 def main(config: Config) -> None:
     if config.only:
-        print(measure_ours("mpo", config.steps, temperature_solver=config.only))
+        print(1000 / measure_ours("mpo_jax", steps=config.steps, temperature_solver=config.only))
         return
     rows = []
     for repeat in range(config.repeats):

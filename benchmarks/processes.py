@@ -23,7 +23,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.ppo_speed import recorded_rows  # noqa: E402
+from benchmarks.speed import recorded_rows  # noqa: E402
 
 SCRIPTS = ("vpg_torch.py", "ppo_torch.py")
 ENVIRONMENTS = ("CartPole-v1", "HalfCheetah-v5")

@@ -387,6 +387,14 @@ def test_seeds_are_a_band_from_three_on_and_lines_before(runs):
     assert figure.legends[0].texts[0].get_text() == "ppo_torch (2 seeds, each drawn)"
 
 
+def test_a_script_by_itself_shows_each_seed_too(runs):
+    figure = compare.draw_returns([run for run in runs if run.config["exp_name"] == "ppo_jax"], "title")
+    (axis,) = figure.axes
+    assert (len(axis.lines), len(axis.collections)) == (1 + 3, 1)
+    assert sorted(line.get_ydata()[-1] for line in axis.lines[1:]) == [401, 402, 403]
+    assert figure.legends[0].texts[0].get_text() == "ppo_jax (3 seeds, each drawn)"
+
+
 def test_a_phase_that_takes_no_time_is_no_error(tmp_path):
     rows = [{"global_step": step, "times/loss": 0.0, "times/step": 0.1} for step in (1, 2)]
     figure = compare.draw_phases([Run("", CONFIG, {"steps": 2}, rows)], "title")

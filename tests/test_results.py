@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from benchmarks import gymnax_speed, learning, off_policy_speed, ppo_speed, processes, unfenced, widths
+from benchmarks import gymnax_speed, learning, processes, speed, unfenced, widths
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,19 +16,25 @@ def test_learning_table_in_the_readme_is_that_of_the_records():
     assert learning.table() in README
 
 
-def test_speed_table_in_the_readme_is_that_of_the_records():
-    lines = (ROOT / "results" / "ppo_speed.csv").read_text().splitlines()
-    rows = [(int(repeat), name, int(speed)) for repeat, name, speed in list(csv.reader(lines[1:]))[1:]]
-    assert ppo_speed.markdown_table(rows, ppo_speed.TITLES) in README
+def test_speed_tables_in_the_readme_are_those_of_the_records():
+    assert set(ROOT.glob("results/speed_*.csv")) <= {speed.recorded(name) for name in speed.SUITES}
+    for name in speed.SUITES:
+        if speed.recorded(name).exists():
+            references = list(speed.SUITES[name]().references)
+            assert speed.markdown_table(speed.read(speed.recorded(name)), references) in README
 
 
-def test_speed_ratios_compare_neighbours_in_time():
-    rows = [(0, "sb3", 100), (0, "sbx", 50), (0, "ppo_torch", 200)]
-    rows += [(1, "sb3", 50), (1, "sbx", 50), (1, "ppo_torch", 150)]
-    assert ppo_speed.markdown_table(rows, ppo_speed.TITLES).splitlines()[2:] == [
-        "| sb3 | 75 (50 to 100) | 1.00 (1.00 to 1.00) | 1.50 (1.00 to 2.00) |",
-        "| sbx | 50 (50 to 50) | 0.75 (0.50 to 1.00) | 1.00 (1.00 to 1.00) |",
-        "| ppo_torch | 175 (150 to 200) | 2.50 (2.00 to 3.00) | 3.50 (3.00 to 4.00) |",
+def test_speed_ratios_compare_neighbours_in_time(tmp_path):
+    rows = [(0, "a peer", 100.0), (0, "alone", 200.0), (0, "`ours`", 200.0)]
+    rows = [speed.Row(*row) for row in (*rows, (1, "a peer", 50.0), (1, "alone", 500.0), (1, "`ours`", 150.0))]
+    speed.write(rows, tmp_path / "rows.csv", "python this")
+    assert speed.read(tmp_path / "rows.csv") == rows
+    assert speed.markdown_table(rows, ["alone", "a peer"]).splitlines() == [
+        "|  | steps/s, median (min to max) | s / 1000 steps, mean ± std | of alone | of a peer |",
+        "|---|---|---|---|---|",
+        "| a peer | 75 (50 to 100) | 15 ± 7 | 0.30 (0.10 to 0.50) | 1.00 (1.00 to 1.00) |",
+        "| alone | 350 (200 to 500) | 3.5 ± 2 | 1.00 (1.00 to 1.00) | 6.00 (2.00 to 10.00) |",
+        "| `ours` | 175 (150 to 200) | 5.83 ± 1 | 0.65 (0.30 to 1.00) | 2.50 (2.00 to 3.00) |",
     ]
 
 
@@ -42,17 +48,6 @@ def test_ratios_on_the_device_compare_neighbours_in_time():
     assert gymnax_speed.markdown_table(rows).splitlines()[2:] == [
         "| SB3 (PyTorch) | 4 | 1 | 1 | 75 (50 to 100) | 1.0 (1.0 to 1.0) | 50 |",
         "| `ppo_jax.py`, gymnax | 4 | 1 | 1 | 275 (250 to 300) | 4.0 (3.0 to 5.0) | 80 |",
-    ]
-
-
-def test_off_policy_ratios_compare_neighbours_in_time():
-    rows = [(0, "sac", "sb3", 8.0), (0, "sac", "sbx", 4.0), (0, "sac", "ours", 2.0), (0, "mpo", "ours", 6.0)]
-    rows += [(1, "sac", "sb3", 6.0), (1, "sac", "sbx", 2.0), (1, "sac", "ours", 1.5), (1, "mpo", "ours", 6.0)]
-    assert off_policy_speed.markdown_table(rows).splitlines()[2:] == [
-        "| SAC | SB3 (PyTorch) | 7.00 ± 1.41 | 2.50 (2.00 to 3.00) | 1.00 (1.00 to 1.00) |",
-        "| SAC | SBX (JAX) | 3.00 ± 1.41 | 1.00 (1.00 to 1.00) | 0.42 (0.33 to 0.50) |",
-        "| SAC | `sac_jax.py` | 1.75 ± 0.35 | 0.62 (0.50 to 0.75) | 0.25 (0.25 to 0.25) |",
-        "| MPO | `mpo_jax.py` | 6.00 ± 0.00 | 2.25 (1.50 to 3.00) | 0.88 (0.75 to 1.00) |",
     ]
 
 

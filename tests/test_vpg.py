@@ -202,7 +202,9 @@ def test_environments_take_what_the_policy_gives(vector_class):
 
 def test_bounds_whose_distance_is_no_float():
     largest = np.finfo(np.float32).max
-    actions = environment_actions(np.array([[-1], [0], [1]], np.float32), spaces.Box(-largest, largest, (1,), np.float32))
+    actions = environment_actions(
+        np.array([[-1], [0], [1]], np.float32), spaces.Box(-largest, largest, (1,), np.float32)
+    )
     np.testing.assert_array_equal(actions, [[-largest], [0], [largest]])
 
 
