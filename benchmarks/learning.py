@@ -7,6 +7,7 @@ python benchmarks/learning.py --run cartpole           trains every script and s
 python benchmarks/learning.py --run cartpole --scripts ppo_jax      the same for one script
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     measure: str = "evaluation_return"  # of a run's summary in compare.py
     first_seed: int = 1
     note: str = ""  # what the environment's name does not tell
+    figures: tuple[str, ...] = ("returns",)  # of compare.py's
 
 
 # chosen on gymnax with seeds 101 and 103
@@ -51,7 +53,13 @@ HIDDEN_STATES = {
     "all": "--burn-in 8 --recompute-hidden --recompute-advantages",
 }
 ROWS = {
-    "cartpole": Row("--env-id CartPole-v1", 5, "490.0 ± 6.1 at 500k [1]", PPO),
+    "cartpole": Row(
+        "--env-id CartPole-v1",
+        5,
+        "490.0 ± 6.1 at 500k [1]",
+        PPO,
+        figures=("returns", "times", "losses", "density"),
+    ),
     "acrobot": Row("--env-id Acrobot-v1", 5, "-86.4 ± 1.3 at 500k [1]", PPO),
     "lunarlander": Row(
         "--env-id LunarLander-v3 --num-envs 16 --num-steps 512 --num-minibatches 64 --gamma 0.999 --gae-lambda 0.98 "
@@ -165,6 +173,7 @@ ROWS = {
             "",
             LSTM,
             note=f"velocity masked, `{flags}`",
+            figures=(),
         )
         for name, flags in HIDDEN_STATES.items()
     },
@@ -216,7 +225,11 @@ def train(name: str, script: str, jobs: int) -> None:
 
 def draw(name: str) -> None:
     paths = [path for script in ROWS[name].scripts if (path := recorded(name, script)).exists()]
-    subprocess.run([sys.executable, "compare.py", *paths, "--prefix", name, "--output", "images"], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [*paths, "--prefix", name, "--output", folder]
+        subprocess.run([sys.executable, "compare.py", *arguments], cwd=ROOT, check=True)
+        for figure in ROWS[name].figures:
+            shutil.copy(f"{folder}/{name}_{figure}.png", ROOT / "images")
 
 
 def recorded(name: str, script: str) -> Path:
