@@ -55,7 +55,7 @@ def measure(contestant: str, width: int, iterations: int) -> dict[str, float]:
 
 def markdown_table(rows: list[tuple[str, int, str, float]]) -> str:
     milliseconds = {row[:3]: row[3] for row in rows}
-    lines = [f"| width | ms an iteration | {' | '.join(PHASES)} |", "|---" * (len(PHASES) + 2) + "|"]
+    lines = [f"| width | script (ms an iteration) | {' | '.join(PHASES)} |", "|---" * (len(PHASES) + 2) + "|"]
     for width in WIDTHS:
         for contestant in CONTESTANTS:
             cells = [f"{milliseconds[contestant, width, phase]:.1f}" for phase in PHASES]
