@@ -797,7 +797,8 @@ def each_epoch(
         return (learner, is_over | (metrics["approx_kl"] > limit)), (metrics, is_over)
 
     (learner, _), (metrics, is_over) = jax.lax.scan(step, (learner, jnp.array(False)), jnp.stack([*permutations]))
-    return learner, {name: jnp.average(x, weights=~is_over) for name, x in metrics.items()}
+    count = (~is_over).sum()  # epochs after that are computed all the same, and may be of any size
+    return learner, {name: jnp.where(is_over, 0, x).sum() / count for name, x in metrics.items()}
 
 
 def each_minibatch(
@@ -1360,7 +1361,8 @@ def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
     """Sorts random numbers whose last bits are the positions; XLA sorts one array five times as fast as a pair."""
     positions = jnp.uint32(2 ** (size - 1).bit_length() - 1)
     bits = jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,))
-    return jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
+    shuffled = jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
+    return shuffled.astype(jnp.int32)  # unsigned, a position before the first would be one far behind the last
 
 
 # twin: ppo_jax ppo_lstm_jax

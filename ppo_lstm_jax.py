@@ -188,7 +188,7 @@ class Config:
 
 
 class Agent(struct.PyTreeNode):
-    """Policy and value function: two networks with an LSTM each, on a shared CNN for images.
+    """Policy and value function: two networks with an LSTM each; for images on a shared CNN, and without tanh layers.
 
     The actor gives the logits of all discrete choices side by side, or the mean of a Gaussian whose standard deviation
     exp(log_std) does not depend on the state (log_std is None for discrete actions).
@@ -277,11 +277,11 @@ class RecurrentNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: Tensor, carry: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """(S, B, F), (B, layers, 2, H), (S, B) -> (S, B, outputs), carries after each step (S, B, layers, 2, H)"""
-        orthogonal, size = nn.initializers.orthogonal(), 4 * self.lstm_size
+        orthogonal, gates_size = nn.initializers.orthogonal(), 4 * self.lstm_size
         keep, carries = 1 - starts.astype(carry.dtype)[..., None], []
         for layer in range(self.lstm_layers):
-            w_ih = self.param(f"lstm.kernel_ih_l{layer}", orthogonal, (x.shape[-1], size))
-            w_hh = self.param(f"lstm.kernel_hh_l{layer}", orthogonal, (self.lstm_size, size))
+            w_ih = self.param(f"lstm.kernel_ih_l{layer}", orthogonal, (x.shape[-1], gates_size))
+            w_hh = self.param(f"lstm.kernel_hh_l{layer}", orthogonal, (self.lstm_size, gates_size))
             b = self.param(f"lstm.bias_ih_l{layer}", lambda _: jnp.zeros((4, self.lstm_size)).at[1].set(1).ravel())
             gates = x @ w_ih + b  # (S, B, 4H), one product for all steps
             x, cells = lstm(gates, keep, w_hh, carry[:, layer, 0], carry[:, layer, 1])
@@ -292,16 +292,17 @@ class RecurrentNetwork(nn.Module):
 
 
 def lstm(gates: Tensor, keep: Tensor, w_hh: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """What the input adds to the gates (S, B, 4H), 0 where an episode begins (S, B, 1), W_hh (H, 4H), output and cell
+    """W_ih x + b of every step (S, B, 4H), 0 where an episode begins (S, B, 1), W_hh (H, 4H), output and cell
     before (B, H) -> both after each step (S, B, H)"""
     halves = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], gates.dtype), h.shape[-1])
 
     def step(state: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple:
         (h, c), (gates, keep) = state, inputs
         # with σ(x) = (1 + tanh(x / 2)) / 2, one call for all gates: XLA is six times as slow with each by itself
-        i, f, g, o = jnp.split(jnp.tanh(halves * (gates + (keep * h) @ w_hh)), 4, -1)
-        c = (1 + f) / 2 * keep * c + (1 + i) / 2 * g
-        h = (1 + o) / 2 * jnp.tanh(c)
+        tanh_i, tanh_f, g, tanh_o = jnp.split(jnp.tanh(halves * (gates + (keep * h) @ w_hh)), 4, -1)
+        i, f, o = ((1 + x) / 2 for x in (tanh_i, tanh_f, tanh_o))
+        c = f * keep * c + i * g
+        h = o * jnp.tanh(c)
         return (h, c), (h, c)
 
     return jax.lax.scan(step, (h, c), (gates, keep))[1]
@@ -838,8 +839,8 @@ def each_epoch(
                 break
         return learner, {name: sum(metrics[name] for metrics in epochs) / len(epochs) for name in epochs[0]}
 
-    def step(carry: tuple[Learner, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple:
-        (learner, is_over), (is_first, permutation) = carry, inputs
+    def step(state: tuple[Learner, Tensor], inputs: tuple[Tensor, Tensor]) -> tuple:
+        (learner, is_over), (is_first, permutation) = state, inputs
         newest = batch
         if config.recomputed:
             newest = jax.lax.cond(is_first | is_over, lambda: batch, lambda: recomputed(learner.agent))
@@ -849,7 +850,8 @@ def each_epoch(
 
     inputs = jnp.arange(config.update_epochs) == 0, jnp.stack([*permutations])
     (learner, _), (metrics, is_over) = jax.lax.scan(step, (learner, jnp.array(False)), inputs)
-    return learner, {name: jnp.average(x, weights=~is_over) for name, x in metrics.items()}
+    count = (~is_over).sum()  # epochs after that are computed all the same, and may be of any size
+    return learner, {name: jnp.where(is_over, 0, x).sum() / count for name, x in metrics.items()}
 
 
 def each_minibatch(
@@ -1445,7 +1447,7 @@ class GymnaxEnvironments:
         """Nothing runs outside this process."""
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        """The simulator by its paths, such as environment.states.time, and the carry that its first rollout left"""
+        """The simulator by its paths, such as environment.states.time, and the carry that its last rollout left"""
         if self.simulator is None:
             return {}
         simulator = self.simulator._replace(keys=jax.random.key_data(self.simulator.keys))
@@ -1495,7 +1497,8 @@ def random_permutation(simulator: Simulator, epoch: int, size: int) -> Tensor:
     """Sorts random numbers whose last bits are the positions; XLA sorts one array five times as fast as a pair."""
     positions = jnp.uint32(2 ** (size - 1).bit_length() - 1)
     bits = jax.random.bits(jax.random.fold_in(draw(simulator, SHUFFLE), epoch), (size,))
-    return jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
+    shuffled = jnp.sort(bits & ~positions | jnp.arange(size, dtype=jnp.uint32)) & positions
+    return shuffled.astype(jnp.int32)  # unsigned, a position before the first would be one far behind the last
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -1526,9 +1529,9 @@ def collect_on_device(
     noise = timed("forward", draw_noise, agent, simulator, config)
 
     def step(state: tuple[Simulator, Transition, Tensor], t: Tensor) -> tuple:
-        simulator, transitions, carry = state
-        actions, carry = timed("forward", choose_actions, agent, simulator, carry, noise, t)
-        return (*timed("step", envs.write, simulator, transitions, actions, t), carry), None
+        simulator, transitions, actor_carry = state
+        actions, actor_carry = timed("forward", choose_actions, agent, simulator, actor_carry, noise, t)
+        return (*timed("step", envs.write, simulator, transitions, actions, t), actor_carry), None
 
     state, ts = (
         (simulator, timed("step", envs.blank, simulator), carry[:, 0]),

@@ -297,9 +297,13 @@ def numbered(config: Config) -> Batch:
 
 @pytest.mark.parametrize("burn_in", [0, 2, 4, 7, 12])
 @pytest.mark.parametrize("norm_adv", [False, True])
-def test_minibatches_are_whole_sequences_behind_their_burn_in(burn_in, norm_adv):
+@pytest.mark.parametrize("drawn_on", ["host", "device"])
+def test_minibatches_are_whole_sequences_behind_their_burn_in(burn_in, norm_adv, drawn_on):
     config = dataclasses.replace(SMALL, burn_in=burn_in, norm_adv=norm_adv)
     batch, permutation = numbered(config), np.random.default_rng(0).permutation(9)
+    if drawn_on == "device":
+        _, envs = opened(on_gymnax("CartPole-v1"))
+        permutation = ppo_lstm_jax.random_permutation(envs.simulator, 0, 9)
     parts = jax.jit(ppo_lstm_jax.minibatches, static_argnames="config")(batch, permutation, config)
     found = []
     for part in parts:
