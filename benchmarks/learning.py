@@ -39,7 +39,7 @@ class Row(NamedTuple):
     figures: tuple[str, ...] = ("returns",)  # of compare.py's
 
 
-# chosen on gymnax with seeds 101 and 103
+# chosen with seeds from 101 on, like the flags of CartPole without velocities
 PENDULUM_WITH_MEMORY = (
     "--num-envs 32 --num-minibatches 8 --update-epochs 10 --gamma 0.95 --learning-rate 1e-3 --ent-coef 0 "
     "--no-clip-vloss --eval-episodes 100"
@@ -142,7 +142,8 @@ ROWS = {
     ),
     "mpo_halfcheetah": Row("--env-id HalfCheetah-v5 --total-timesteps 100000", 2, "", MPO),
     "lstm_cartpole": Row(
-        "--env-id CartPole-v1 --mask-velocity --num-envs 8 --learning-rate 1e-3",
+        "--env-id CartPole-v1 --mask-velocity --num-envs 32 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 "
+        "--ent-coef 0",
         5,
         "500 ± 0 at 100k [2]",
         LSTM,
