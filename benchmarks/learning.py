@@ -142,8 +142,8 @@ ROWS = {
     ),
     "mpo_halfcheetah": Row("--env-id HalfCheetah-v5 --total-timesteps 100000", 2, "", MPO),
     "lstm_cartpole": Row(
-        "--env-id CartPole-v1 --mask-velocity --num-envs 32 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 "
-        "--ent-coef 0",
+        "--env-id CartPole-v1 --mask-velocity --num-envs 32 --num-minibatches 8 --update-epochs 10 "
+        "--learning-rate 1e-3 --ent-coef 0",
         5,
         "500 ± 0 at 100k [2]",
         LSTM,
