@@ -161,6 +161,19 @@ def test_permutations_hold_every_sample_once():
     assert abs(np.corrcoef(found[0], np.arange(1000))[0, 1]) < 0.1  # three standard deviations
 
 
+def test_compiled_epochs_after_the_last_are_not_in_the_means():
+    """Whatever they are: they are computed, and dropped."""
+    config = config_of(update_epochs=3, target_kl=1.0)
+    learner, _ = opened(config)
+
+    def epoch(learner, permutation):
+        return learner, {"approx_kl": jnp.where(permutation[0] > 0, jnp.nan, 2.0)}
+
+    permutations = [np.full(3, k) for k in range(3)]
+    _, metrics = jax.jit(lambda x: ppo_jax.each_epoch(epoch, x, permutations, config))(learner)
+    assert metrics["approx_kl"] == 2
+
+
 GAMES = [name for name in gymnax.registered_envs if name not in ("MNISTBandit-bsuite", "FrozenLake-misc")]
 
 
