@@ -465,7 +465,8 @@ def test_a_loaded_model_evaluates_as_where_it_was_trained(tmp_path):
     assert train(dataclasses.replace(config, **flags)).evaluation_returns == first.evaluation_returns
     for what, value in {"lstm_size": 6, "lstm_layers": 1}.items():
         flags |= {what: value, "run_dir": str(tmp_path / what)}
-        with pytest.raises(ppo_lstm_jax.BadInput, match=r"actor\.(0|lstm)\S* .* there and .* here.*--lstm-size, --lstm-layers"):
+        expected = r"actor\.(0|lstm)\S* .* there and .* here.*--lstm-size, --lstm-layers"
+        with pytest.raises(ppo_lstm_jax.BadInput, match=expected):
             train(dataclasses.replace(config, **flags))
 
 
