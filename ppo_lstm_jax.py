@@ -251,9 +251,9 @@ class Agent(struct.PyTreeNode):
         return getattr(self, network).apply({"params": self.params[network]}, *arguments)
 
     @jax.jit
-    def policy(self, observations: np.ndarray, starts: np.ndarray, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the actor alone: (N, *O), (N,), its carry (N, layers, 2, H) -> (N, ·), carry after it"""
-        output, carries = self.apply("actor", self.encode(observations[None]), carry, starts[None])
+    def policy(self, observations: np.ndarray, actor_carry: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """One step of the actor alone: (N, *O), (N, layers, 2, H), (N,) -> (N, ·), the actor's carry after it"""
+        output, carries = self.apply("actor", self.encode(observations[None]), actor_carry, starts[None])
         return output[0], carries[0]
 
 
@@ -595,15 +595,16 @@ def action_noise(rng: np.random.Generator, shape: tuple[int, ...], agent: Agent)
 
 
 def act(
-    agent: Agent, observations: np.ndarray, starts: np.ndarray, carry: Tensor | None = None, noise: np.ndarray = 0.0
+    agent: Agent, observations: np.ndarray, actor_carry: Tensor | None, starts: np.ndarray, noise: np.ndarray = 0.0
 ) -> tuple[np.ndarray, Tensor]:
-    """(N, *O), (N,), (N, layers, 2, H), (N, ·) -> actions (N, A), the actor's carry for the next step; None: the first.
+    """(N, *O), (N, layers, 2, H), (N,), (N, ·) -> actions (N, A), the actor's carry for the next step; None: the first.
 
     An environment needs the action alone; `make_batch` computes the rest at once, the critic's carry too.
     """
-    carry = agent.first_carry(len(observations))[:, 0] if carry is None else carry
-    policy, carry = agent.policy(observations, starts, carry)
-    return sample_actions(np.asarray(policy), noise, agent.nvec), carry
+    if actor_carry is None:
+        actor_carry = agent.first_carry(len(observations))[:, 0]
+    policy, actor_carry = agent.policy(observations, actor_carry, starts)
+    return sample_actions(np.asarray(policy), noise, agent.nvec), actor_carry
 
 
 @np.errstate(invalid="ignore")  # what is not finite is found at the end
@@ -618,7 +619,7 @@ def collect_rollout(
     actions, final_observations = [], []
     observations[0], actor_carry, starts = envs.observations, carry[:, 0], np.zeros(config.num_envs, bool)
     for t in range(config.num_steps):
-        action, actor_carry = timed("forward", act, agent, observations[t], starts, actor_carry, noise[t])
+        action, actor_carry = timed("forward", act, agent, observations[t], actor_carry, starts, noise[t])
         observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, action)
         starts = terminated[t] | truncated[t]
         actions.append(action)
@@ -1282,11 +1283,11 @@ def evaluate(
     first_returns, frames = {}, []
     with contextlib.closing(trained.for_evaluation()) as envs:
         envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
-        starts, carry = np.ones(envs.num_envs, bool), None
+        actor_carry, starts = None, np.ones(envs.num_envs, bool)
         for _ in range(LONGEST_EVALUATION):
             if video and 0 not in first_returns:
                 frames.append(envs.frame())
-            actions, carry = act(envs.observations, starts, carry)
+            actions, actor_carry = act(envs.observations, actor_carry, starts)
             _, _, terminated, truncated, _ = envs.step(actions)
             starts = terminated | truncated
             check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
@@ -1516,10 +1517,10 @@ def draw_noise(agent: Agent, simulator: Simulator, config: Config) -> Tensor:
     return jnp.exp(agent.log_std) * jax.random.normal(key, (*shape, len(agent.log_std)))
 
 
-def choose_actions(agent: Agent, simulator: Simulator, carry: Tensor, noise: Tensor, t: Tensor) -> tuple:
+def choose_actions(agent: Agent, simulator: Simulator, actor_carry: Tensor, noise: Tensor, t: Tensor) -> tuple:
     """`act` on the device: the actor's carry (N, layers, 2, H), (T, N, ·) -> actions (N, A), its carry for the next"""
-    policy, carry = agent.policy(simulator.observations, simulator.lengths == 0, carry)
-    return (policy + noise[t]).argmax(-1, keepdims=True) if agent.nvec else policy + noise[t], carry
+    policy, actor_carry = agent.policy(simulator.observations, actor_carry, simulator.lengths == 0)
+    return (policy + noise[t]).argmax(-1, keepdims=True) if agent.nvec else policy + noise[t], actor_carry
 
 
 def collect_on_device(
@@ -2099,8 +2100,9 @@ def validate(config: Config) -> Config:
     if config.num_sequences % config.num_minibatches or config.batch_size == config.num_minibatches:
         what = f"{config.num_sequences} sequences ({rollout} in sequences of {config.sequence_length})"
         raise BadInput(f"--num-minibatches {config.num_minibatches}: must split {what} into parts of 2 steps or more")
-    if config.burn_in > config.num_steps:
-        raise BadInput(f"--burn-in {config.burn_in}: must not exceed --num-steps {config.num_steps}")
+    if config.burn_in > config.num_steps - config.sequence_length:
+        before = f"the {config.num_steps - config.sequence_length} steps before the last sequence"
+        raise BadInput(f"--burn-in {config.burn_in}: must not exceed {before} of a rollout")
     if config.mask_velocity:
         hidden_velocities(config.env_id)
     if 0 < config.total_timesteps < config.iteration_steps:
