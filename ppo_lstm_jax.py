@@ -1257,7 +1257,10 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
                 answer.register(pipe, select.POLLIN)
                 if not answer.poll(1000 * LONGEST_STEP):
                     raise TimeoutError(f"more than {LONGEST_STEP} s")
-            return getattr(vector, f"{name}_wait")()
+            result = getattr(vector, f"{name}_wait")()
+            if name == "step" and result[1].ndim != 1:  # AsyncVectorEnv stacks whatever came
+                raise ValueError(f"a reward of shape {result[1].shape[1:]} is not a number")
+            return result
         except (ConnectionError, EOFError, TimeoutError) as error:
             for process in vector.processes:
                 process.kill()

@@ -1,10 +1,13 @@
 """The short form of tests/faults.py: every script, the cheapest configuration, moments and damages of a fixed seed."""
 
+import contextlib
+import json
 import random
 from pathlib import Path
 
 import pytest
 
+import vpg_torch
 from tests import faults
 from tests.faults import SCRIPTS, Script
 
@@ -32,6 +35,16 @@ def test_fault(function, script):
 
 def test_an_environment_that_hangs(tmp_path):
     assert_held(faults.worker, Script("vpg_torch", tmp_path), 1)
+
+
+def test_a_reward_that_is_no_number_is_named():
+    kwargs = json.dumps({"what": "two rewards", "at": 1})
+    config = vpg_torch.Config(env_id="tests.environments:Faulty-v0", env_kwargs=kwargs, vectorization="async")
+    with contextlib.closing(vpg_torch.make_vector(config, 2, is_evaluation=False)) as vector:
+        vector.reset()
+        with pytest.raises(ValueError, match=r"a reward of shape \(2,\) is not a number") as raised:
+            vpg_torch.call_environments(vector, config.env_id, "step", vector.action_space.sample())
+    assert raised.value.__notes__ == ["in the step of tests.environments:Faulty-v0"]
 
 
 def test_what_does_not_hold_is_told(tmp_path: Path):
