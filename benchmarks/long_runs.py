@@ -1,6 +1,7 @@
 """Whether a script that runs for long keeps to its memory, files, threads and compiled functions.
 
     python benchmarks/long_runs.py                             ten minutes of each script, one after the other
+    python benchmarks/long_runs.py --jobs 2                    two at a time
     python benchmarks/long_runs.py --minutes 1 --script vpg_torch sac_jax        a quick look
 
 Writes results/long_runs.csv, a row every two seconds, and images/long_runs.png, and prints the slopes that least
@@ -10,12 +11,14 @@ is, with evaluations and checkpoints often. "Compilations" counts what JAX compi
 
 import contextlib
 import csv
+import itertools
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +81,7 @@ PANELS = {"memory": "memory (MiB)", "files": "open files", "threads": "threads",
 class Config:
     minutes: float = 10  # of each script
     script: tuple[str, ...] = tuple(SCRIPT_COLOURS)  # scripts
+    jobs: int = 1  # runs at a time
 
 
 def watch(script: str, minutes: float) -> list[Sample]:
@@ -136,16 +140,15 @@ def read() -> dict[str, list[Sample]]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    runs = read()
-    for script in config.script:
-        runs[script] = watch(script, config.minutes)
-        with open(RESULTS, "w", newline="") as file:
-            print(f"# python benchmarks/long_runs.py; {platform.machine()}, {os.cpu_count()} cores", file=file)
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["script", *Sample._fields])
-            writer.writerows(
-                [name, *(f"{x:g}" for x in sample)] for name, samples in runs.items() for sample in samples
-            )
+    with ThreadPoolExecutor(config.jobs) as pool:
+        watched = pool.map(watch, config.script, itertools.repeat(config.minutes))
+        runs = read() | dict(zip(config.script, watched, strict=True))
+    runs = {script: runs[script] for script in SCRIPT_COLOURS if script in runs}
+    with open(RESULTS, "w", newline="") as file:
+        print(f"# python benchmarks/long_runs.py; {platform.machine()}, {os.cpu_count()} cores", file=file)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["script", *Sample._fields])
+        writer.writerows([name, *(f"{x:g}" for x in sample)] for name, samples in runs.items() for sample in samples)
     matplotlib.use("agg")
     draw(runs).savefig(FIGURE, dpi=130)
     print(markdown_table(runs))
