@@ -754,12 +754,12 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
         return warm_up_on_device(learner, envs, config, stopwatch)
     if config.eval_episodes:
         shape = config.eval_episodes, *envs.observation_shape
-        act(learner.agent, np.zeros(shape, envs.observation_dtype), np.zeros(config.eval_episodes, bool))
+        act(learner.agent, np.zeros(shape, envs.observation_dtype), None, np.zeros(config.eval_episodes, bool))
     to_numpy(learner)  # or the first checkpoint would compile it
     if not config.num_iterations:
         return
     observations = np.zeros((config.num_steps + 1, config.num_envs, *envs.observation_shape), envs.observation_dtype)
-    action, _ = act(learner.agent, observations[0], np.zeros(config.num_envs, bool))
+    action, _ = act(learner.agent, observations[0], None, np.zeros(config.num_envs, bool))
     actions = np.array([action] * config.num_steps)
     rewards, carry = np.zeros(actions.shape[:2], np.float32), learner.agent.first_carry(config.num_envs)
     rollout = Rollout(observations, actions, rewards, rewards > 0, rewards > 0, observations[0, :0], carry)
@@ -1617,7 +1617,7 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
     if config.eval_episodes:
         evaluated = envs.for_evaluation()
         evaluated.restart(0)
-        actions, _ = act(learner.agent, evaluated.observations, np.zeros(config.eval_episodes, bool))
+        actions, _ = act(learner.agent, evaluated.observations, None, np.zeros(config.eval_episodes, bool))
         evaluated.step(actions)
     to_numpy(learner)
     if not config.num_iterations:
