@@ -1227,13 +1227,16 @@ class GymnaxEnvironments:
         sizes = [config.num_seeds] if config.num_seeds > 1 else [self.num_envs, minibatch]
         return jax.sharding.Mesh(devices[: math.gcd(*sizes, len(devices))], ("devices",))
 
-    def on_devices(self, simulator: Simulator) -> Simulator:
-        """Split among them"""
+    def on_devices(self, tree: Learner | Simulator) -> Learner | Simulator:
+        """Seeds are split among them; of a single one its environments, and the rest is on every device."""
         if self.mesh.size == 1:
-            return simulator
+            return tree
         split, whole = jax.NamedSharding(self.mesh, jax.P("devices")), jax.NamedSharding(self.mesh, jax.P())
-        first = split if self.config.num_seeds > 1 else whole
-        return Simulator(*jax.device_put(simulator[:2], first), *jax.device_put(simulator[2:], split))
+        if self.config.num_seeds > 1:
+            return jax.device_put(tree, split)
+        if isinstance(tree, Simulator):
+            return Simulator(*jax.device_put(tree[:2], whole), *jax.device_put(tree[2:], split))
+        return jax.device_put(tree, whole)
 
     def plainly(self, phase: str | None, function: Callable, *arguments):
         """The `timed` of compiled code; minibatches are split, and XLA adds up what the devices compute of them."""
@@ -1279,8 +1282,12 @@ class GymnaxEnvironments:
         rewards = rewards.clip(-1, 1) if self.config.clip_reward else rewards
         transition = simulator.observations, actions, rewards, terminated, truncated, observations, returns, lengths
         done = terminated | truncated
-        following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
+        following = self.if_any(done, with_next_episodes, lambda: after)
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    def if_any(self, done: Tensor, then: Callable[[], tuple], otherwise: Callable[[], tuple]) -> tuple:
+        """A reset costs as much as a step; devices that would have to ask one another wait for longer than that."""
+        return then() if self.mesh.size > 1 else jax.lax.cond(done.any(), then, otherwise)
 
     # twin: ppo_jax ppo_lstm_jax
     def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
@@ -1521,14 +1528,15 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
         evaluated.restart(0)
         agent = learner.agent if config.num_seeds == 1 else unstacked(learner)[0].agent
         evaluated.step(act(agent, evaluated.observations))
-    to_numpy(learner)
     if not config.num_iterations:
         return
     envs.restart(0)
     simulator, unread = envs.simulator, Stopwatch(stopwatch.fence, stopwatch.compiled)
     learner, envs.simulator = jax.tree.map(jnp.copy, (learner, simulator))
     for is_timed in (False, False, config.timing_interval > 0):
+        learner = with_learning_rate(learner, config.learning_rate)
         learner, _, batch, _ = collect_and_update(learner, envs, [config.learning_rate], config, unread, is_timed)
+        to_numpy(learner)  # or the first checkpoint would compile it
     probe(learner, envs, batch, config, unread)
     envs.simulator, envs.episodes = simulator, []
 
@@ -1894,6 +1902,9 @@ class DeviceRun(Run):
     def __init__(self, *arguments, **about: str):
         super().__init__(*arguments, **about)
         self.added = self.iteration  # to the row
+
+    def restore(self, learner: Learner, rng: np.random.Generator, memory: GymnaxEnvironments) -> Learner:
+        return memory.on_devices(super().restore(learner, rng, memory))
 
     def is_timed(self, iteration: int) -> bool:
         interval = self.config.timing_interval

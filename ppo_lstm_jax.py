@@ -1397,8 +1397,12 @@ class GymnaxEnvironments:
         rewards = rewards.clip(-1, 1) if self.config.clip_reward else rewards
         transition = simulator.observations, actions, rewards, terminated, truncated, observations, returns, lengths
         done = terminated | truncated
-        following = jax.lax.cond(done.any(), with_next_episodes, lambda: after)  # a reset costs as much as a step
+        following = self.if_any(done, with_next_episodes, lambda: after)
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    def if_any(self, done: Tensor, then: Callable[[], tuple], otherwise: Callable[[], tuple]) -> tuple:
+        """A reset costs as much as a step."""
+        return jax.lax.cond(done.any(), then, otherwise)
 
     # twin: ppo_jax ppo_lstm_jax
     def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:

@@ -46,7 +46,7 @@ CONTESTANTS = (
     *(Contestant(num_envs, 1, 1, 2_097_152) for num_envs in (4, 16, 64, 256, 1024)),
     Contestant(4096, 1, 1, 4_194_304),
     *(Contestant(num_envs, 2, 1, 2_097_152) for num_envs in (64, 1024)),
-    Contestant(64, 1, 8, 524_288),
+    *(Contestant(64, devices, 8, 524_288) for devices in (1, 2)),
 )
 
 

@@ -398,20 +398,24 @@ import jax, numpy as np
 import ppo_jax
 config = ppo_jax.validate(ppo_jax.Config(**json.loads(sys.argv[1])))
 envs = ppo_jax.GymnaxEnvironments(config, config.num_envs)
-learner = ppo_jax.new_learner(envs, config)
-envs.restart(0)
+learner = envs.on_devices(ppo_jax.new_learner(envs, config))
 stopwatch = ppo_jax.new_stopwatch(learner, config)
-stopwatch.compiled |= ppo_jax.compiled_on_device(envs)
-found = []
+ppo_jax.warm_up(learner, envs, config, stopwatch)
+found, late = [], []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: late.append(name))
 for is_timed in (False, False, True):
-    learner, _, _, metrics = ppo_jax.collect_and_update(learner, envs, [1e-3], config, stopwatch, is_timed)
+    learner = ppo_jax.with_learning_rate(learner, 1e-3)
+    learner, _, batch, metrics = ppo_jax.collect_and_update(learner, envs, [1e-3], config, stopwatch, is_timed)
     found.append({name: np.asarray(x).tolist() for name, x in metrics.items()})
+    ppo_jax.probe(learner, envs, batch, config, stopwatch)
+    arrays = ppo_jax.state(learner, envs)
+late = [name for name in late if "backend_compile" in name]
 split = [x for x in jax.tree.leaves(envs.simulator) if not x.sharding.is_fully_replicated]
-print(json.dumps([found, envs.mesh.size, len(split), np.asarray(learner.agent.weights).ravel().tolist()]))
+print(json.dumps([found, envs.mesh.size, len(split), len(late), np.asarray(learner.agent.weights).ravel().tolist()]))
 """
 
 
-def on_devices(number: int, folder: Path, **flags) -> tuple[list[dict], int, int, list[float]]:
+def on_devices(number: int, folder: Path, **flags) -> tuple[list[dict], int, int, int, list[float]]:
     variables = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}", "PYTHONPATH": str(ROOT)}
     variables["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path)
     command = [sys.executable, "-c", WORKER, json.dumps(dataclasses.asdict(config_of(**flags)))]
@@ -423,13 +427,13 @@ def on_devices(number: int, folder: Path, **flags) -> tuple[list[dict], int, int
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_several_devices_learn_what_one_learns(num_seeds, tmp_path):
-    """Losses of three updates, two fused and one phase by phase"""
+    """Losses of three updates, two fused and one phase by phase; after the warm-up nothing is compiled"""
     flags = {"num_envs": 8, "num_seeds": num_seeds}
-    losses, size, split, weights = on_devices(1, tmp_path, **flags)
-    assert (size, split) == (1, 0)
+    losses, size, split, late, weights = on_devices(1, tmp_path, **flags)
+    assert (size, split, late) == (1, 0, 0)
     for number in (2, 4)[: 3 - num_seeds]:
-        found, size, split, found_weights = on_devices(number, tmp_path, **flags)
-        assert size == number and split >= 8
+        found, size, split, late, found_weights = on_devices(number, tmp_path, **flags)
+        assert size == number and split >= 8 and late == 0
         for one, other in zip(found, losses, strict=True):
             for name in other:
                 np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
