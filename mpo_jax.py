@@ -89,6 +89,7 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from jax import Array as Tensor
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -103,7 +104,6 @@ MIN_DUAL = 1e-8  # of temperatures and multipliers: a constraint that does not b
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -112,7 +112,7 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
+    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 3e-4  # Adam's learning rate of the critics
     dual_lr: Positive = 1e-2  # Adam's learning rate of the multipliers, and of the temperature with adam
@@ -133,7 +133,7 @@ class Config:
     per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ, or the sum over them
     action_penalty: bool = True  # pull actions into [-1, 1], by a second objective
     epsilon_penalty: Positive = 1e-3  # ε of the action penalty
-    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the layers
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the layers, ReLU but for a tanh after the first
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
     log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
@@ -143,7 +143,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from the weights in this model.safetensors
+    load_model: str | None = None  # start from this model.safetensors: its weights
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "mpo_jax"  # <script> in the name of the run
@@ -449,6 +449,7 @@ def polyak(target: Network, network: Network, tau: float) -> Network:
 
 
 def sample_values(learner: Learner, batch: Batch, config: Config) -> Samples:
+    """-> what π' does in the next states, and Q' of it"""
     policy = Gaussian(*learner.target_actor(batch.next_observations))
     actions = sample_actions(policy, batch.noise)  # (S, B, A)
     observations = jnp.broadcast_to(batch.next_observations, (*actions.shape[:-1], batch.observations.shape[-1]))
@@ -598,16 +599,15 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    samples = timed("loss", timed, "loss/critic", sample_values, learner, batch, config)
-    gradient, critics_loss, q_mean = timed(
-        "loss", timed, "loss/critic", critic_gradient, learner, batch, samples, config
-    )
+    timed_loss = partial(timed, "loss", timed)
+    samples = timed_loss("loss/critic", sample_values, learner, batch, config)
+    gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, samples, config)
     learner = timed("weight_update", update_critics, learner, gradient, config)
     solve, duals = SOLVERS[config.temperature_solver], (learner.temperatures, learner.optimizer.temperatures)
-    temperatures, optimizer = timed("loss", timed, "loss/dual", solve, *duals, samples.values, config)
+    temperatures, optimizer = timed_loss("loss/dual", solve, *duals, samples.values, config)
     optimizers = learner.optimizer._replace(temperatures=optimizer)
     learner = learner._replace(temperatures=temperatures, optimizer=optimizers)
-    gradient, policy_loss, policy = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, samples, config)
+    gradient, policy_loss, policy = timed_loss("loss/actor", actor_gradient, learner, batch, samples, config)
     learner = timed("weight_update", update_actor, learner, gradient, config)
     gradient, kls = timed("kl", multipliers_gradient, learner, policy, samples, config)
     measures = timed("kl", policy_metrics, learner, policy, samples, kls, config)
@@ -629,7 +629,7 @@ def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> t
 
 # twin: sac_jax mpo_jax
 def act(actor: Network, observations: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-    """(N, O), (N, A) -> (N, A); without noise greedily"""
+    """(N, O), (N, A) -> (N, A), greedily without noise"""
     return np.asarray(compiled_policy(actor, observations, noise))
 
 
@@ -659,9 +659,9 @@ def interact(
     actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
     if not np.isfinite(actions).all():
         raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
-    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
-    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
-    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
+    next_observations, rewards, terminated, truncated, final_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=final_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, final_observations
     timed("sample", buffer.add, *transition)
 
 
@@ -837,10 +837,16 @@ def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
+
+
 # twin: td3_jax sac_jax mpo_jax
 def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
     """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed."""
-    if isinstance(batch.rewards, jax.core.Tracer):
+    if is_traced(batch.rewards):
         return jax.lax.scan(step, learner, batch)
     metrics = []
     for minibatch in map(Batch, *batch):
@@ -852,7 +858,7 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metri
 # twin: td3_jax sac_jax mpo_jax
 def as_array(metrics: Metrics) -> Tensor | np.ndarray:
     """One array, which a call returns faster than several, and which comes to the host in one piece"""
-    return jnp.stack(metrics) if isinstance(metrics.critic_loss, jax.core.Tracer) else np.stack(metrics)
+    return jnp.stack(metrics) if is_traced(metrics.critic_loss) else np.stack(metrics)
 
 
 # twin: sac_jax mpo_jax
@@ -880,8 +886,7 @@ def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[st
 # twin: td3_jax sac_jax mpo_jax
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layout (out, in), and the optimizers' moments"""
-    paths, _ = jax.tree_util.tree_flatten_with_path(learner)
-    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in paths}
+    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in tree_leaves_with_path(learner)}
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -892,7 +897,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
         is_kept = array_name(path).startswith(TRAINING_ONLY) and array_name(path) not in arrays
         return old if is_kept else jnp.array(as_torch(path, arrays[array_name(path)]), old.dtype)
 
-    return jax.tree_util.tree_map_with_path(read, learner)
+    return tree_map_with_path(read, learner)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -1080,7 +1085,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                     stack.enter_context(contextlib.closing(vector))  # after a signal
                 stack.pop_all()
                 return vector
-        vector = SyncVectorEnv([make] * num_envs, **mode)
+        vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
         return vector

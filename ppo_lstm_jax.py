@@ -18,7 +18,7 @@
 
     python ppo_lstm_jax.py --env-id CartPole-v1 --mask-velocity
 
-Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
+Papers: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
 memory from Hochreiter & Schmidhuber, "Long Short-Term Memory", Neural Computation 1997 (LSTM); burn-in from Kapturowski
 et al., "Recurrent Experience Replay in Distributed Reinforcement Learning", ICLR 2019 (R2D2); details from Huang et
@@ -148,7 +148,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from this model.safetensors: weights and normalisation statistics
+    load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_lstm_jax"  # <script> in the name of the run
@@ -376,9 +376,9 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
     Continuous: mean + noise, which is std · standard Gaussian. Discrete: argmax(logits + Gumbel noise), which is a draw
     from softmax(logits) (Maddison et al. 2014, "A* Sampling", §2).
     """
-    if not nvec:
-        return policy + noise
     perturbed = policy + noise
+    if not nvec:
+        return perturbed
     actions = np.empty((len(perturbed), len(nvec)), np.int64)
     for i, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(nvec, initial=0))):
         perturbed[:, start:end].argmax(-1, out=actions[:, i])
@@ -389,7 +389,7 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
 def log_probs_and_entropies(
     policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and entropy of π(·|s), (B,) each, summed over the independent action dimensions."""
+    """log π(a|s) and entropy of π(·|s), one each of a sample, summed over the independent action dimensions."""
     if not nvec:
         log_probs = -0.5 * ((actions - policy) / jnp.exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         entropies = jnp.broadcast_to(log_std + 0.5 * math.log(2 * math.pi * math.e), log_probs.shape)
@@ -424,14 +424,14 @@ def gae(
 
 # twin: ppo_jax ppo_lstm_jax
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
+    """-L^CLIP (PPO eq. 7), the mean over all samples; log_ratio = log π(a|s) - log π_old(a|s)."""
     ratio = jnp.exp(log_ratio)
     return -jnp.minimum(ratio * advantages, ratio.clip(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 # twin: ppo_jax ppo_lstm_jax
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over all samples; V gains nothing beyond V_old ± clip_coef, if given."""
     squared_errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clip(-clip_coef, clip_coef)
@@ -566,7 +566,10 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
-    """At most K epochs -> learner, the batch before the first, losses/… averaged over all minibatches"""
+    """At most K epochs -> learner, the batch before the first, losses/… averaged over all minibatches
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     batch = timed("gae", make_batch, learner.agent, rollout, config)
 
     def epoch(learner: Learner, batch: Batch, permutation: np.ndarray) -> tuple[Learner, dict[str, Tensor]]:
@@ -807,7 +810,7 @@ def on_host(metrics: dict[str, Tensor]) -> dict[str, Tensor] | dict[str, float]:
     return {name: x if is_traced(x) else np.asarray(x, np.float64)[()] for name, x in metrics.items()}
 
 
-# twin: ppo_jax ppo_lstm_jax
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
 def is_traced(x: Tensor) -> bool:
     """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
     return isinstance(x, jax.core.Tracer)
@@ -890,7 +893,7 @@ def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     return [x.astype(dtype) if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.floating) else x for x in tensors]
 
 
-# twin: ppo_jax ppo_lstm_jax
+# twin: ppo_mlx ppo_jax ppo_lstm_jax
 def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
     """What the record has a histogram of, or a picture"""
     images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
@@ -898,7 +901,7 @@ def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
 
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
-    """Weights by torch's names, in its layouts; Adam's step and moments as optimizer.<which>."""
+    """Weights by torch's names and layouts; Adam's step and moments as optimizer.<which>, in the weights' order"""
     adam, _ = learner.optimizer
     arrays = {f"optimizer.{name}": np.asarray(value) for name, value in adam._asdict().items()}
     for path, x in flatten_dict(learner.agent.params).items():

@@ -17,7 +17,7 @@
 
     python ppo_mlx.py --env-id CartPole-v1
 
-Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
+Papers: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
 details that the papers leave out from Huang et al., "The 37 Implementation Details of Proximal Policy Optimization",
 ICLR blog track 2022. The defaults are CleanRL's for CartPole-v1; the README has commands for other environments.
@@ -121,14 +121,14 @@ class Config:
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu for images where there is one, else cpu
-    compile: bool = True  # mx.compile the loss with its gradient (on Linux needs g++)
+    compile: bool = True  # mx.compile the loss with its gradient (on Linux needs a C++ compiler)
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from this model.safetensors: weights and normalisation statistics
+    load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_mlx"  # <script> in the name of the run
@@ -172,8 +172,10 @@ class Agent(nn.Module):
         self.encoder = NatureCNN(observation_shape) if is_image else None
         self.actor = MLP(*sizes, sum(nvec) or action_dim, gain=0.01)
         self.critic = MLP(*sizes, 1, gain=1.0)
-        is_beside = not is_image and mx.default_device().type == mx.cpu  # the critic beside the actor, on another core
-        self.critic_stream = (mx.new_stream if is_beside else mx.default_stream)(mx.default_device())
+        is_parallel = (
+            not is_image and mx.default_device().type == mx.cpu
+        )  # the critic beside the actor, on another core
+        self.critic_stream = (mx.new_stream if is_parallel else mx.default_stream)(mx.default_device())
         self.log_std = None if nvec else mx.zeros(action_dim)
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,14 +186,14 @@ class Agent(nn.Module):
         return self.actor(features), values
 
     def encode(self, observations: Tensor) -> Tensor:
-        return observations if self.encoder is None else self.encoder(observations)
+        return self.encoder(observations) if self.encoder else observations
 
     @property
     def parameter_list(self) -> list[Tensor]:
         return [module[name] for module, name in self.places]
 
     def set_parameters(self, arrays: list[Tensor]) -> None:
-        """As `update`, in 1 µs instead of 40."""
+        """As nn.Module.update, in 1 µs instead of 40."""
         for (module, name), array in zip(self.places, arrays, strict=True):
             module[name] = array
 
@@ -280,14 +282,6 @@ class Batch(NamedTuple):
     returns: Tensor  # (B,)
 
 
-class Learner(NamedTuple):
-    """What an update changes."""
-
-    agent: Agent
-    weights: Tensor  # all of the agent's, in one vector; its layers hold views of it
-    optimizer: "Adam"
-
-
 class Adam(NamedTuple):
     """mlx.optimizers.Adam corrects the bias in float32, whatever the weights are."""
 
@@ -295,6 +289,14 @@ class Adam(NamedTuple):
     step: int
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+class Learner(NamedTuple):
+    """What an update changes."""
+
+    agent: Agent
+    weights: Tensor  # all of the agent's, in one vector, of which its layers hold the parts
+    optimizer: Adam
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -307,9 +309,9 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
     Continuous: mean + noise, which is std · standard Gaussian. Discrete: argmax(logits + Gumbel noise), which is a draw
     from softmax(logits) (Maddison et al. 2014, "A* Sampling", §2).
     """
-    if not nvec:
-        return policy + noise
     perturbed = policy + noise
+    if not nvec:
+        return perturbed
     actions = np.empty((len(perturbed), len(nvec)), np.int64)
     for i, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(nvec, initial=0))):
         perturbed[:, start:end].argmax(-1, out=actions[:, i])
@@ -330,7 +332,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 def log_probs_and_entropies(
     policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and entropy of π(·|s), (B,) each, summed over the independent action dimensions."""
+    """log π(a|s) and entropy of π(·|s), one each of a sample, summed over the independent action dimensions."""
     if not nvec:
         log_probs = -0.5 * ((actions - policy) / exp(log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         entropies = mx.broadcast_to(log_std + 0.5 * math.log(2 * math.pi * math.e), log_probs.shape)
@@ -362,13 +364,13 @@ def gae(
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
+    """-L^CLIP (PPO eq. 7), the mean over all samples; log_ratio = log π(a|s) - log π_old(a|s)."""
     ratio = exp(log_ratio)
     return -mx.minimum(ratio * advantages, mx.clip(ratio, 1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over all samples; V gains nothing beyond V_old ± clip_coef, if given."""
     squared_errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + mx.clip(values - old_values, -clip_coef, clip_coef)
@@ -403,7 +405,7 @@ def annealed_learning_rate(iteration: int, config: Config) -> float:
 def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """PPO eq. 9 -> its gradient as a vector of all weights, the three losses, log-ratio (B,)"""
 
-    def loss(parameters: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def loss_of(parameters: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         agent.set_parameters(parameters)
         policy, values = agent(minibatch.observations)
         log_probs, entropies = log_probs_and_entropies(policy, agent.log_std, minibatch.actions, agent.nvec)
@@ -417,7 +419,7 @@ def loss_and_gradient(agent: Agent, minibatch: Batch, config: Config) -> tuple[T
         return loss, losses, log_ratio
 
     parameters = agent.parameter_list
-    (_, losses, log_ratio), gradients = mx.value_and_grad(loss)(parameters)
+    (_, losses, log_ratio), gradients = mx.value_and_grad(loss_of)(parameters)
     agent.set_parameters(parameters)  # what the differentiation left in their place
     return parameters_to_vector(gradients), losses, log_ratio
 
@@ -475,9 +477,8 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
     losses, log_ratios = [], []
     for minibatch in timed("shuffle", minibatches, batch, permutation, config):
         learner, minibatch_losses, log_ratio = update_minibatch(learner, minibatch, config, timed)
-        mx.async_eval(
-            learner, minibatch_losses, log_ratio
-        )  # runs while Python goes on; a whole epoch at once took 12 % longer
+        # runs while Python goes on; a whole epoch at once took 12 % longer
+        mx.async_eval(learner, minibatch_losses, log_ratio)
         losses.append(minibatch_losses)
         log_ratios.append(log_ratio)
     kl = timed("kl", kl_and_clip_fraction, mx.stack(log_ratios), config.clip_coef)
@@ -490,7 +491,10 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
-    """At most K epochs -> learner, the batch, losses/… averaged over all minibatches"""
+    """At most K epochs -> learner, the batch, losses/… averaged over all minibatches
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     batch = timed("gae", make_batch, learner.agent, rollout, config)
     epochs: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
@@ -569,12 +573,12 @@ def train(config: Config) -> Result:
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
                 rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+                arguments = learner, rollout, config, rng
                 if run.is_timed(iteration):
-                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
-                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
+                    learner, batch, metrics = update(*arguments, stopwatch.timed)
+                    stopwatch.timed("probe", probe, learner.agent, batch, config, stopwatch)
                 else:
-                    arguments = learner, rollout, config, rng, stopwatch.fused
-                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                    learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
@@ -638,10 +642,10 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     observations = np.zeros((size, *envs.observation_shape), envs.observation_dtype)
     actions = act(learner.agent, observations)
     minibatch = Batch(*to_tensors(learner.agent, observations, actions, *np.zeros((4, size), np.float32)))
-    mx.eval(stopwatch.fused("loss", loss_and_gradient, learner.agent, minibatch, config))
+    mx.eval(stopwatch.fused(None, loss_and_gradient, learner.agent, minibatch, config))
 
 
-def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+def probe(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
     """Clocks parts of the loss, never compiled, on one minibatch, as seconds of all minibatches."""
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     mx.eval(minibatch, agent(minibatch.observations))  # the first call after a rollout finds cold caches
@@ -671,15 +675,15 @@ def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     return [mx.array(x) if np.issubdtype(x.dtype, np.integer) else mx.array(x, dtype) for x in arrays]
 
 
+# twin: ppo_mlx ppo_jax ppo_lstm_jax
 def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
     """What the record has a histogram of, or a picture"""
     images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
-    return images | {name: np.array(getattr(batch, name)) for name in ("actions", "advantages", "values")}
+    return images | {name: np.asarray(getattr(batch, name)) for name in ("actions", "advantages", "values")}
 
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
-    """Weights by torch's names and in its layouts; Adam's step and moments as optimizer.<which>, in the order of
-    `learner.weights`."""
+    """Weights by torch's names and layouts; Adam's step and moments as optimizer.<which>, in the weights' order"""
     weights = {name.replace(".layers", ""): np.array(x) for name, x in tree_flatten(learner.agent.parameters())}
     weights = {name: x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x for name, x in weights.items()}
     adam = {name: np.array(value) for name, value in learner.optimizer._asdict().items() if name != "learning_rate"}

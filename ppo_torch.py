@@ -17,7 +17,7 @@
     python ppo_torch.py --env-id CartPole-v1
     torchrun --nproc-per-node 2 ppo_torch.py --env-id CartPole-v1
 
-Paper: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
+Papers: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347 (PPO below); advantages from
 Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv 1506.02438 (GAE);
 details that the papers leave out from Huang et al., "The 37 Implementation Details of Proximal Policy Optimization",
 ICLR blog track 2022. The defaults are CleanRL's for CartPole-v1; the README has commands for other environments.
@@ -100,7 +100,7 @@ class Config:
     env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
+    total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments and processes together
     learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
     final_learning_rate: NonNegative = 0.0  # learning rate at the end of an annealed run
     anneal_lr: bool = True  # go linearly from --learning-rate to --final-learning-rate
@@ -124,7 +124,7 @@ class Config:
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, mps for images, else cpu
     compile: bool = False  # torch.compile the loss with its gradient (needs a C++ compiler)
     num_threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of torch; 0: 1 for vectors, all for images
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
@@ -133,7 +133,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from this model.safetensors: weights and normalisation statistics
+    load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_torch"  # <script> in the name of the run
@@ -275,9 +275,9 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
     Continuous: mean + noise, which is std · standard Gaussian. Discrete: argmax(logits + Gumbel noise), which is a draw
     from softmax(logits) (Maddison et al. 2014, "A* Sampling", §2).
     """
-    if not nvec:
-        return policy + noise
     perturbed = policy + noise
+    if not nvec:
+        return perturbed
     actions = np.empty((len(perturbed), len(nvec)), np.int64)
     for i, (start, end) in enumerate(itertools.pairwise(itertools.accumulate(nvec, initial=0))):
         perturbed[:, start:end].argmax(-1, out=actions[:, i])
@@ -287,7 +287,7 @@ def sample_actions(policy: np.ndarray, noise: np.ndarray, nvec: tuple[int, ...])
 def log_probs_and_entropies(
     policy: Tensor, log_std: Tensor | None, actions: Tensor, nvec: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """log π(a|s) and entropy of π(·|s), (B,) each, summed over the independent action dimensions."""
+    """log π(a|s) and entropy of π(·|s), one each of a sample, summed over the independent action dimensions."""
     if not nvec:
         log_probs = -0.5 * ((actions - policy) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         entropies = (log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(log_probs)
@@ -316,13 +316,13 @@ def gae(
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
-    """-L^CLIP (PPO eq. 7), the mean over (B,); log_ratio = log π(a|s) - log π_old(a|s)."""
+    """-L^CLIP (PPO eq. 7), the mean over all samples; log_ratio = log π(a|s) - log π_old(a|s)."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_coef: float | None) -> Tensor:
-    """½ (V - R)² (PPO eq. 9 has no ½), mean over (B,); V gains nothing beyond V_old ± clip_coef, if given."""
+    """½ (V - R)² (PPO eq. 9 has no ½), mean over all samples; V gains nothing beyond V_old ± clip_coef, if given."""
     squared_errors = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -440,7 +440,10 @@ def update_epoch(learner: Learner, batch: Batch, permutation: np.ndarray, config
 def update(
     learner: Learner, rollout: Rollout, config: Config, rng: np.random.Generator, timed: Callable
 ) -> tuple[Learner, Batch, dict[str, float]]:
-    """At most K epochs -> learner, the batch, losses/… averaged over all minibatches"""
+    """At most K epochs -> learner, the batch, losses/… averaged over all minibatches
+
+    `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
+    """
     batch = timed("gae", make_batch, learner.agent, rollout, config)
     epochs: list[dict[str, Tensor]] = []
     for _ in range(config.update_epochs):
@@ -521,12 +524,12 @@ def train(config: Config) -> Result:
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
                 rollout = collect_rollout(learner.agent, envs, config, rng, stopwatch.timed)
+                arguments = learner, rollout, config, rng
                 if run.is_timed(iteration):
-                    learner, batch, metrics = update(learner, rollout, config, rng, stopwatch.timed)
-                    stopwatch.timed("probe", probe_loss, learner.agent, batch, config, stopwatch)
+                    learner, batch, metrics = update(*arguments, stopwatch.timed)
+                    stopwatch.timed("probe", probe, learner.agent, batch, config, stopwatch)
                 else:
-                    arguments = learner, rollout, config, rng, stopwatch.fused
-                    learner, batch, metrics = stopwatch.timed("update", update, *arguments)
+                    learner, batch, metrics = stopwatch.timed("update", update, *arguments, stopwatch.fused)
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
@@ -571,8 +574,7 @@ def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
     device, compiled = learner.weights.device.type, {}
     if config.compile:
         torch._dynamo.config.trace_autograd_ops = True  # loss and gradient in one graph: 2.4 times as fast
-        mode = "reduce-overhead" if device == "cuda" else None  # CUDA graphs
-        compiled = {loss_and_gradient: torch.compile(loss_and_gradient, dynamic=False, mode=mode)}
+        compiled = {loss_and_gradient: torch.compile(loss_and_gradient, dynamic=False)}
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
     return Stopwatch(lambda result: synchronize(), compiled)
 
@@ -588,10 +590,10 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     observations = np.zeros((size, *envs.observation_shape), envs.observation_dtype)
     actions = act(learner.agent, observations)
     minibatch = Batch(*to_tensors(learner.agent, observations, actions, *np.zeros((4, size), np.float32)))
-    stopwatch.fused("loss", loss_and_gradient, learner.agent, minibatch, config)
+    stopwatch.fused(None, loss_and_gradient, learner.agent, minibatch, config)
 
 
-def probe_loss(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
+def probe(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
     """Clocks parts of the loss, never compiled, on one minibatch, as seconds of all minibatches."""
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     agent(minibatch.observations)  # the first call after a rollout finds cold caches
@@ -617,7 +619,7 @@ def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
 
 
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
-    """Weights by torch's names; Adam's step and moments as optimizer.<which>, in the order of `learner.weights`."""
+    """Weights by torch's names and layouts; Adam's step and moments as optimizer.<which>, in the weights' order"""
     adam = {f"optimizer.{name}": value for name, value in learner.optimizer.state[learner.weights].items()}
     return {name: x.numpy(force=True) for name, x in (dict(learner.agent.named_parameters()) | adam).items()}
 

@@ -83,6 +83,7 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from jax import Array as Tensor
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -95,7 +96,6 @@ LOG_STD_MIN, LOG_STD_MAX = -5, 2  # of the policy before tanh
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -104,7 +104,7 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
+    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 1e-3  # Adam's learning rate of the critics and the temperature
     num_envs: Count = 1  # N, environments that step together
@@ -127,7 +127,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from the weights in this model.safetensors
+    load_model: str | None = None  # start from this model.safetensors: its weights
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "sac_jax"  # <script> in the name of the run
@@ -268,7 +268,7 @@ def sample_actions(means: Tensor, log_stds: Tensor, noise: Tensor | float) -> Te
 
 
 def actions_and_log_probs(means: Tensor, log_stds: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """a = tanh(u), (B, A), and log π(a|s), (B,) (SAC2 eq. 20-21)
+    """a = tanh(u), (B, A), and log π(a|s), (B,) (SAC eq. 20-21)
 
     log π(a|s) = Σ log N(u; mean, std) - log(1 - tanh²(u)), where log(1 - tanh²(u)) = 2 (log 2 - u - softplus(-2u))
     is accurate also where tanh(u) rounds to 1. The noise is (u - mean) / std: no tanh is ever inverted.
@@ -338,7 +338,7 @@ def actor_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Netw
 
 def temperature(learner: Learner, config: Config) -> Tensor:
     """α, learned or given"""
-    return jnp.exp(learner.log_alpha if config.autotune else jnp.full_like(learner.log_alpha, math.log(config.alpha)))
+    return jnp.exp(learner.log_alpha) if config.autotune else jnp.full_like(learner.log_alpha, config.alpha)
 
 
 def alpha_gradient(learner: Learner, batch: Batch, log_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,14 +380,13 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    results = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
-    gradient, critics_loss, q_mean, alpha = results
+    timed_loss = partial(timed, "loss", timed)
+    gradient, critics_loss, q_mean, alpha = timed_loss("loss/critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", update_critics, learner, gradient, config)
-    results = timed("loss", timed, "loss/actor", actor_gradient, learner, batch, config)
-    gradient, policy_loss, log_probs, entropy = results
+    gradient, policy_loss, log_probs, entropy = timed_loss("loss/actor", actor_gradient, learner, batch, config)
     learner = timed("weight_update", update_actor, learner, gradient, config)
     if config.autotune:
-        gradient, temperature_loss = timed("loss", timed, "loss/alpha", alpha_gradient, learner, batch, log_probs)
+        gradient, temperature_loss = timed_loss("loss/alpha", alpha_gradient, learner, batch, log_probs)
         learner = timed("weight_update", update_alpha, learner, gradient, config)
     else:
         temperature_loss = 0 * policy_loss
@@ -407,7 +406,7 @@ def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> t
 
 # twin: sac_jax mpo_jax
 def act(actor: Network, observations: np.ndarray, noise: np.ndarray | float = 0.0) -> np.ndarray:
-    """(N, O), (N, A) -> (N, A); without noise greedily"""
+    """(N, O), (N, A) -> (N, A), greedily without noise"""
     return np.asarray(compiled_policy(actor, observations, noise))
 
 
@@ -437,9 +436,9 @@ def interact(
     actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
     if not np.isfinite(actions).all():
         raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
-    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
-    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
-    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
+    next_observations, rewards, terminated, truncated, final_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=final_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, final_observations
     timed("sample", buffer.add, *transition)
 
 
@@ -543,7 +542,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
     critics = Critics.create(Critic(config.hidden_sizes), critics_key, observations, actions)
     log_alpha = jnp.zeros((), jnp.float32)
-    optimizers = Optimizers(*(optax.adam(0.0).init(weights) for weights in (actor, critics, log_alpha)))
+    optimizers = Optimizers(*map(optax.adam(0.0).init, (actor, critics, log_alpha)))
     return Learner(actor, critics, copied(critics), log_alpha, optimizers)
 
 
@@ -599,10 +598,16 @@ def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
+
+
 # twin: td3_jax sac_jax mpo_jax
 def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
     """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed."""
-    if isinstance(batch.rewards, jax.core.Tracer):
+    if is_traced(batch.rewards):
         return jax.lax.scan(step, learner, batch)
     metrics = []
     for minibatch in map(Batch, *batch):
@@ -614,7 +619,7 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metri
 # twin: td3_jax sac_jax mpo_jax
 def as_array(metrics: Metrics) -> Tensor | np.ndarray:
     """One array, which a call returns faster than several, and which comes to the host in one piece"""
-    return jnp.stack(metrics) if isinstance(metrics.critic_loss, jax.core.Tracer) else np.stack(metrics)
+    return jnp.stack(metrics) if is_traced(metrics.critic_loss) else np.stack(metrics)
 
 
 # twin: sac_jax mpo_jax
@@ -642,8 +647,7 @@ def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[st
 # twin: td3_jax sac_jax mpo_jax
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layout (out, in), and the optimizers' moments"""
-    paths, _ = jax.tree_util.tree_flatten_with_path(learner)
-    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in paths}
+    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in tree_leaves_with_path(learner)}
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -654,7 +658,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
         is_kept = array_name(path).startswith(TRAINING_ONLY) and array_name(path) not in arrays
         return old if is_kept else jnp.array(as_torch(path, arrays[array_name(path)]), old.dtype)
 
-    return jax.tree_util.tree_map_with_path(read, learner)
+    return tree_map_with_path(read, learner)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -842,7 +846,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                     stack.enter_context(contextlib.closing(vector))  # after a signal
                 stack.pop_all()
                 return vector
-        vector = SyncVectorEnv([make] * num_envs, **mode)
+        vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
         return vector

@@ -82,6 +82,7 @@ from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from jax import Array as Tensor
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from pydantic import Field
 from tqdm import tqdm
 
@@ -102,8 +103,8 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # steps of all environments in the whole run, in whole --log-intervals
-    learning_rate: Positive = 3e-4  # Adam's learning rate, of the policy and the critics
+    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
+    learning_rate: Positive = 3e-4  # Adam's learning rate of the policy and the critics
     num_envs: Count = 1  # N, environments that step together
     action_repeat: Count = 1  # times that the environment takes each action; every time is a step
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
@@ -126,7 +127,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from the weights in this model.safetensors
+    load_model: str | None = None  # start from this model.safetensors: its weights
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "td3_jax"  # <script> in the name of the run
@@ -262,7 +263,7 @@ def smoothed_actions(actions: Tensor, noise: Tensor, noise_clip: float) -> Tenso
 
 
 def critic_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """y of TD3 eq. 10: r + γ min Q'ᵢ(s', ã), (B,) from next_q (2, B); a truncation is not the end of the returns."""
+    """y of TD3 eq. 10: r + γ min Q'ᵢ(s', ã), (B,) from next_q (2, B); only termination cuts it."""
     return rewards + gamma * (1 - terminated) * next_q.min(0)
 
 
@@ -340,16 +341,17 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    gradient, loss, q_mean = timed("loss", timed, "loss/critic", critic_gradient, learner, batch, config)
+    timed_loss = partial(timed, "loss", timed)
+    gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", update_critics, learner, gradient, config)
 
     def delayed(learner: Learner) -> tuple[Learner, Tensor]:
-        gradient, loss = timed("loss", timed, "loss/actor", actor_gradient, learner, batch)
+        gradient, loss = timed_loss("loss/actor", actor_gradient, learner, batch)
         learner = timed("weight_update", update_actor, learner, gradient, config)
         return timed("target_update", update_targets, learner, config), loss
 
-    learner, policy_loss = when(batch.is_delayed, delayed, learner, loss.dtype)
-    return learner, Metrics(loss, q_mean, policy_loss)
+    learner, policy_loss = when(batch.is_delayed, delayed, learner, critics_loss.dtype)
+    return learner, Metrics(critics_loss, q_mean, policy_loss)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -363,7 +365,7 @@ def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> t
 
 
 def act(actor: Network, observations: np.ndarray) -> np.ndarray:
-    """Greedily: (N, O) -> (N, A)"""
+    """(N, O) -> (N, A), greedily"""
     return np.asarray(compiled_call(actor, observations))
 
 
@@ -393,9 +395,9 @@ def interact(
     actions = timed("forward", explore, actor, observations, envs.action_dim, step, config, rng)
     if not np.isfinite(actions).all():
         raise TrainingFailed(f"the policy gives an action that is not finite at step {step}")
-    next_observations, rewards, terminated, truncated, last_observations = timed("step", envs.step, actions)
-    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=last_observations)
-    transition = observations, actions, rewards, terminated, truncated, next_observations, last_observations
+    next_observations, rewards, terminated, truncated, final_observations = timed("step", envs.step, actions)
+    check_finite(config.env_id, observation=next_observations, reward=rewards, final_observation=final_observations)
+    transition = observations, actions, rewards, terminated, truncated, next_observations, final_observations
     timed("sample", buffer.add, *transition)
 
 
@@ -499,8 +501,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
     critics = Critics.create(Critic(config.hidden_sizes), critics_key, observations, actions)
-    adam = optax.adam(config.learning_rate)
-    return Learner(actor, critics, *copied((actor, critics)), Optimizers(adam.init(actor), adam.init(critics)))
+    return Learner(actor, critics, *copied((actor, critics)), Optimizers(*map(optax.adam(0.0).init, (actor, critics))))
 
 
 # twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
@@ -545,9 +546,15 @@ def compiled_call(network: Network, *inputs: np.ndarray) -> Tensor:
     return network(*inputs)
 
 
+# twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
+def is_traced(x: Tensor) -> bool:
+    """Whether compiled code is being made, in which a loop is a jax.lax.scan."""
+    return isinstance(x, jax.core.Tracer)
+
+
 def when(condition: Tensor | np.ndarray, function: Callable, learner: Learner, dtype: np.dtype):
     """function(learner), or (learner, NaN): jax.lax.cond where JAX traces, and else an if."""
-    if isinstance(condition, jax.core.Tracer):
+    if is_traced(condition):
         return jax.lax.cond(condition, function, lambda learner: (learner, jnp.full((), jnp.nan, dtype)), learner)
     return function(learner) if condition else (learner, math.nan)
 
@@ -555,7 +562,7 @@ def when(condition: Tensor | np.ndarray, function: Callable, learner: Learner, d
 # twin: td3_jax sac_jax mpo_jax
 def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
     """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed."""
-    if isinstance(batch.rewards, jax.core.Tracer):
+    if is_traced(batch.rewards):
         return jax.lax.scan(step, learner, batch)
     metrics = []
     for minibatch in map(Batch, *batch):
@@ -567,7 +574,7 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metri
 # twin: td3_jax sac_jax mpo_jax
 def as_array(metrics: Metrics) -> Tensor | np.ndarray:
     """One array, which a call returns faster than several, and which comes to the host in one piece"""
-    return jnp.stack(metrics) if isinstance(metrics.critic_loss, jax.core.Tracer) else np.stack(metrics)
+    return jnp.stack(metrics) if is_traced(metrics.critic_loss) else np.stack(metrics)
 
 
 def mean_metrics(arrays: list[Tensor]) -> dict[str, float]:
@@ -595,8 +602,7 @@ def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[st
 # twin: td3_jax sac_jax mpo_jax
 def to_numpy(learner: Learner) -> dict[str, np.ndarray]:
     """Weights by torch's names, in its layout (out, in), and the optimizers' moments"""
-    paths, _ = jax.tree_util.tree_flatten_with_path(learner)
-    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in paths}
+    return {array_name(path): as_torch(path, np.asarray(x)) for path, x in tree_leaves_with_path(learner)}
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -607,7 +613,7 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
         is_kept = array_name(path).startswith(TRAINING_ONLY) and array_name(path) not in arrays
         return old if is_kept else jnp.array(as_torch(path, arrays[array_name(path)]), old.dtype)
 
-    return jax.tree_util.tree_map_with_path(read, learner)
+    return tree_map_with_path(read, learner)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -795,7 +801,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                     stack.enter_context(contextlib.closing(vector))  # after a signal
                 stack.pop_all()
                 return vector
-        vector = SyncVectorEnv([make] * num_envs, **mode)
+        vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
         if is_filmed and (vector.reset(), vector.render())[1][0] is None:
             raise ValueError("it renders no picture")
         return vector

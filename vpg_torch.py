@@ -120,7 +120,7 @@ class Config:
     checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
-    load_model: str | None = None  # start from the weights in this model.safetensors
+    load_model: str | None = None  # start from this model.safetensors: its weights
     resume: str | None = None  # go on with the run in this directory; needs no other flag
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "vpg_torch"  # <script> in the name of the run
@@ -201,6 +201,8 @@ class Batch(NamedTuple):
 
 
 class Learner(NamedTuple):
+    """What an update changes."""
+
     policy: Policy
     critic: nn.Sequential  # (T, N, O) -> (T, N, 1)
     policy_optimizer: torch.optim.Adam  # of all weights in one vector, of which the layers hold views

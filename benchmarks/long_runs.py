@@ -11,14 +11,13 @@ is, with evaluations and checkpoints often. "Compilations" counts what JAX compi
 
 import contextlib
 import csv
-import itertools
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -138,17 +137,22 @@ def read() -> dict[str, list[Sample]]:
     return runs
 
 
-def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    with ThreadPoolExecutor(config.jobs) as pool:
-        watched = pool.map(watch, config.script, itertools.repeat(config.minutes))
-        runs = read() | dict(zip(config.script, watched, strict=True))
-    runs = {script: runs[script] for script in SCRIPT_COLOURS if script in runs}
+def write(runs: dict[str, list[Sample]]) -> None:
     with open(RESULTS, "w", newline="") as file:
         print(f"# python benchmarks/long_runs.py; {platform.machine()}, {os.cpu_count()} cores", file=file)
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["script", *Sample._fields])
-        writer.writerows([name, *(f"{x:g}" for x in sample)] for name, samples in runs.items() for sample in samples)
+        for script in filter(runs.get, SCRIPT_COLOURS):
+            writer.writerows([script, *(f"{x:g}" for x in sample)] for sample in runs[script])
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        watched = {pool.submit(watch, script, config.minutes): script for script in config.script}
+        for future in as_completed(watched):
+            write(read() | {watched[future]: future.result()})
+    runs = read()
     matplotlib.use("agg")
     draw(runs).savefig(FIGURE, dpi=130)
     print(markdown_table(runs))
