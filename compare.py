@@ -600,7 +600,7 @@ def seeds(runs: list[Run]) -> str:
 def estimator(runs: list[Run]) -> str:
     counts = [len(pooled) for pooled in group(runs, "env_id", "script").values()]
     means = "interquartile mean, 95 % bootstrap interval; " if max(counts) >= 3 else ""
-    alone = "1 or 2 seeds each drawn; " if min(counts) < 3 else ""
+    alone = "1 or 2 seeds each drawn; " if min(counts) < 3 and max(counts) > 1 else ""
     return f"{seeds(runs)}; {means}{alone}smoothed over {100 * SMOOTHING:g} % of training"
 
 
@@ -667,7 +667,7 @@ def draw_panels(
     handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours(runs).values()]
     pools = group(runs, "script")
     most = {script: max(map(len, group(pooled, "env_id").values())) for script, pooled in pools.items()}
-    drawn = {script: ", each drawn" * (each_seed or count < 3) for script, count in most.items()}
+    drawn = {script: ", each drawn" * (count > 1 and (each_seed or count < 3)) for script, count in most.items()}
     texts = [f"{script} ({seeds(pooled)}{drawn[script]})" for script, pooled in pools.items()]
     figure.legend(handles, texts, loc="outside lower center", ncols=4)
     return figure
