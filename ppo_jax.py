@@ -1029,6 +1029,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
         gym.register_envs(importlib.import_module("shimmy"))
     quieten_mujoco(env_id)
     env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    action_sizes(env.action_space)  # raises where it is not supported
     space = env.observation_space
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
@@ -1088,7 +1089,7 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
         return tuple(space.nvec.tolist()), len(space.nvec)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return (), math.prod(space.shape)
-    raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
+    raise ValueError(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
@@ -1609,7 +1610,9 @@ def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
             raise ValueError(f"the observation space {space} is not supported; Box is")
         if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_NATURE and space.dtype != jnp.uint8:
             raise ValueError(f"images of {SMALLEST_NATURE} x {SMALLEST_NATURE} or more must be bytes")
-        return game, params, spaces.gymnax_space_to_gym_space(game.action_space(params))
+        action_space = spaces.gymnax_space_to_gym_space(game.action_space(params))
+        action_sizes(action_space)  # raises where it is not supported
+        return game, params, action_space
     except Exception as error:
         hint = "; pip install -r requirements/all.txt" if isinstance(error, ImportError) else ""
         raise BadInput(f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}: {one_line(error)}{hint}") from error

@@ -854,6 +854,7 @@ def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
         gym.register_envs(importlib.import_module("shimmy"))
     quieten_mujoco(env_id)
     env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    action_sizes(env.action_space)  # raises where it is not supported
     space = env.observation_space
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
@@ -913,7 +914,7 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
         return tuple(space.nvec.tolist()), len(space.nvec)
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return (), math.prod(space.shape)
-    raise BadInput(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
+    raise ValueError(f"the action space {space} is not supported; Discrete, flat MultiDiscrete and float Box are")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax

@@ -770,7 +770,10 @@ BAD_INPUT = [
     ),
     case("""--env-kwargs '{"nonsense": 1}'""", "nonsense", "CartPole-v1"),
     case("""--env-kwargs '{"render_mode": "human"}'""", "render_mode"),
-    *(case(strange(action=name), "action space") for name in ("multi-binary", "integers", "tuple", "table")),
+    *(
+        case(strange(action=name), "--env-kwargs", "action space")
+        for name in ("multi-binary", "integers", "tuple", "table")
+    ),
     *(case(strange(observation=name), "observation space") for name in ("sequence", "text", "graph")),
     case(strange(observation="small image"), "36"),
     case("--env-id ALE/Pong-v5 --norm-obs", "--norm-obs"),
