@@ -137,9 +137,11 @@ def read() -> dict[str, list[Sample]]:
     return runs
 
 
-def write(runs: dict[str, list[Sample]]) -> None:
+def write(runs: dict[str, list[Sample]], jobs: int) -> None:
     with open(RESULTS, "w", newline="") as file:
-        print(f"# python benchmarks/long_runs.py; {platform.machine()}, {os.cpu_count()} cores", file=file)
+        print(
+            f"# python benchmarks/long_runs.py --jobs {jobs}; {platform.machine()}, {os.cpu_count()} cores", file=file
+        )
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["script", *Sample._fields])
         for script in filter(runs.get, SCRIPT_COLOURS):
@@ -151,7 +153,7 @@ def main() -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         watched = {pool.submit(watch, script, config.minutes): script for script in config.script}
         for future in as_completed(watched):
-            write(read() | {watched[future]: future.result()})
+            write(read() | {watched[future]: future.result()}, config.jobs)
     runs = read()
     matplotlib.use("agg")
     draw(runs).savefig(FIGURE, dpi=130)

@@ -4,7 +4,7 @@ import csv
 import re
 from pathlib import Path
 
-from benchmarks import gymnax_speed, learning, processes, speed, unfenced, widths
+from benchmarks import gymnax_speed, learning, long_runs, processes, speed, unfenced, widths
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +75,10 @@ def test_widths_table_in_the_readme_is_that_of_the_records():
     lines = (ROOT / "results" / "widths.csv").read_text().splitlines()
     rows = [(name, int(width), phase, float(ms)) for name, width, phase, ms in list(csv.reader(lines[1:]))[1:]]
     assert widths.markdown_table(rows) in README
+
+
+def test_long_runs_table_in_the_readme_is_that_of_the_records():
+    assert long_runs.markdown_table(long_runs.read()) in README
 
 
 def test_faults_table_in_the_readme_is_that_of_the_records():
