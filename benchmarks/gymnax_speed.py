@@ -132,20 +132,29 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Steps per second and memory by the number of environments, of one device and one seed"""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    single = [row for row in rows if row.is_ours and row.devices == row.num_seeds == 1]
-    numbers = sorted({row.num_envs for row in single})
+    """Steps per second and memory by the number of environments: medians and ranges over the repeats"""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    curves = {
+        "SB3 (PyTorch)": [row for row in rows if not row.is_ours],
+        "ppo_jax.py, one device": [row for row in rows if row.is_ours and row.devices == row.num_seeds == 1],
+        "ppo_jax.py, two devices": [row for row in rows if row.devices == 2 and row.num_seeds == 1],
+    }
     quantities = ("steps_per_second", "steps per second"), ("mebibytes", "memory of the process, MiB")
     for ax, (field, title) in zip(axes, quantities, strict=True):
-        values = [[getattr(row, field) for row in single if row.num_envs == number] for number in numbers]
-        ax.fill_between(numbers, [min(x) for x in values], [max(x) for x in values], alpha=0.25)
-        ax.plot(numbers, [statistics.median(x) for x in values], marker="o")
+        for label, measured in curves.items():
+            numbers = sorted({row.num_envs for row in measured})
+            values = [[getattr(row, field) for row in measured if row.num_envs == number] for number in numbers]
+            medians = [statistics.median(x) for x in values]
+            below = [median - min(x) for median, x in zip(medians, values, strict=True)]
+            above = [max(x) - median for median, x in zip(medians, values, strict=True)]
+            ax.errorbar(numbers, medians, (below, above), marker="o", capsize=3, label=label)
+        ticks = sorted({row.num_envs for row in rows})
         ax.set(xscale="log", ylim=(0, None), xlabel="environments", title=title)
-        ax.set_xticks(numbers, map(str, numbers), minor=False)
+        ax.set_xticks(ticks, map(str, ticks), minor=False)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=170)
 
 
 if __name__ == "__main__":
