@@ -1243,11 +1243,26 @@ class GymnaxEnvironments:
         return jax.device_put(tree, whole)
 
     def plainly(self, phase: str | None, function: Callable, *arguments):
-        """The `timed` of compiled code; minibatches are split, and XLA adds up what the devices compute of them."""
+        """The `timed` of compiled code. Devices that share a seed act in their environments each by itself; minibatches
+        are split, and XLA adds up what the devices compute of them."""
+        if self.config.num_seeds > 1 or self.mesh.size == 1:
+            return function(*arguments)
+        whole, split = jax.P(), jax.P("devices")
+        if function is collect_on_device:
+            agent, simulator, *_ = arguments
+            collect = partial(function, envs=self, config=self.config, timed=self.by_itself)
+            of_simulator = Simulator(whole, whole, *[split] * len(simulator[2:]))
+            specs = {"in_specs": (whole, of_simulator), "out_specs": (of_simulator, jax.P(None, "devices"))}
+            return jax.shard_map(collect, mesh=self.mesh, check_vma=False, **specs)(agent, simulator)
         result = function(*arguments)
-        if function is minibatches and self.config.num_seeds == 1 < self.mesh.size:
-            return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, jax.P("devices")))
+        if function is minibatches:
+            return jax.lax.with_sharding_constraint(result, jax.NamedSharding(self.mesh, split))
         return result
+
+    def by_itself(self, phase: str | None, function: Callable, *arguments):
+        """The `timed` of a device that acts by itself"""
+        result = function(*arguments)
+        return self.part(result, 1) if function is draw_noise else result
 
     # twin: ppo_jax ppo_lstm_jax
     def first_episodes(self, key: Tensor) -> Simulator:
@@ -1272,13 +1287,13 @@ class GymnaxEnvironments:
             return network_input(observation), state, jnp.float32(reward).reshape(()), terminated, truncated
 
         def with_next_episodes() -> tuple:
-            keys = jax.random.split(draw(simulator, RESET), self.num_envs)
+            keys = self.each_key(simulator, RESET)
             fresh = *jax.vmap(self.first_observation)(keys), jnp.zeros_like(returns), jnp.zeros_like(lengths)
             return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(done, x, y), fresh, after)
 
         bounds = () if self.nvec else (self.action_space.low.ravel(), self.action_space.high.ravel())
         env_actions = actions.clip(*bounds) if bounds else actions  # here and nowhere else
-        keys = jax.random.split(draw(simulator, STEP), self.num_envs)
+        keys = self.each_key(simulator, STEP)
         observations, states, rewards, terminated, truncated = jax.vmap(step)(keys, simulator.states, env_actions)
         returns, lengths = simulator.returns + rewards, simulator.lengths + 1
         after = observations, states, returns, lengths
@@ -1289,9 +1304,20 @@ class GymnaxEnvironments:
         following = self.if_any(done, with_next_episodes, lambda: after)
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
 
+    def each_key(self, simulator: Simulator, purpose: int) -> Tensor:
+        """Each environment's own; of a device that is by itself, those of its environments"""
+        keys = jax.random.split(draw(simulator, purpose), self.num_envs)
+        return self.part(keys, 0) if len(simulator.lengths) < self.num_envs else keys
+
+    def part(self, x: Tensor, axis: int) -> Tensor:
+        """What belongs to the environments of this device, of what belongs to all"""
+        size = self.num_envs // self.mesh.size
+        return jax.lax.dynamic_slice_in_dim(x, size * jax.lax.axis_index("devices"), size, axis)
+
     def if_any(self, done: Tensor, then: Callable[[], tuple], otherwise: Callable[[], tuple]) -> tuple:
         """A reset costs as much as a step; devices that would have to ask one another wait for longer than that."""
-        return then() if self.mesh.size > 1 else jax.lax.cond(done.any(), then, otherwise)
+        is_whole = len(done) == self.num_envs
+        return then() if is_whole and self.mesh.size > 1 else jax.lax.cond(done.any(), then, otherwise)
 
     # twin: ppo_jax ppo_lstm_jax
     def write(self, simulator: Simulator, transitions: Transition, actions: Tensor, t: Tensor) -> tuple:
@@ -1303,7 +1329,7 @@ class GymnaxEnvironments:
     # twin: ppo_jax ppo_lstm_jax
     def blank(self, simulator: Simulator) -> Transition:
         """(T, N, …), to be written"""
-        actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
+        actions = jnp.zeros((len(simulator.lengths), self.action_dim), jnp.int32 if self.nvec else jnp.float32)
         _, transition = jax.eval_shape(self.advance, simulator, actions)
         return jax.tree.map(lambda x: jnp.zeros((self.config.num_steps, *x.shape), x.dtype), transition)
 
@@ -1437,7 +1463,7 @@ def iterate_on_device(
     learner: Learner, simulator: Simulator, envs: GymnaxEnvironments, config: Config, timed: Callable
 ) -> tuple[Learner, Simulator, tuple, Batch, dict[str, Tensor]]:
     """Rollout and update -> learner, simulator, what the host reads of the rollout, batch, metrics"""
-    simulator, transitions = collect_on_device(learner.agent, simulator, envs, config, timed)
+    simulator, transitions = timed(None, collect_on_device, learner.agent, simulator, envs, config, timed)
     rollout = timed("gae", as_rollout, transitions, simulator)
     learner, batch, metrics = update(learner, rollout, config, Permutations(simulator, timed), timed)
     return learner, simulator, timed("step", digest, transitions), batch, metrics
@@ -1498,7 +1524,7 @@ def compiled_on_device(envs: GymnaxEnvironments) -> dict[Callable, Callable]:
     with_config = draw_noise, make_batch, minibatches, loss_and_gradient, apply_gradient
     return {
         iterate_fused: over_seeds(iterate_fused, shared=(2, 5), constant=(3, 4), donated=(0, 1)),
-        collect_on_device: over_seeds(collect_on_device, constant=(2, 3, 4)),
+        collect_on_device: over_seeds(partial(envs.plainly, None, collect_on_device), constant=(2, 3, 4)),
         envs.write: over_seeds(envs.write, shared=(3,), donated=(0, 1)),
         choose_actions: over_seeds(choose_actions, shared=(3,)),
         random_permutation: over_seeds(random_permutation, shared=(1,), constant=(2,)),

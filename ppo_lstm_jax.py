@@ -1387,13 +1387,13 @@ class GymnaxEnvironments:
             return network_input(observation), state, jnp.float32(reward).reshape(()), terminated, truncated
 
         def with_next_episodes() -> tuple:
-            keys = jax.random.split(draw(simulator, RESET), self.num_envs)
+            keys = self.each_key(simulator, RESET)
             fresh = *jax.vmap(self.first_observation)(keys), jnp.zeros_like(returns), jnp.zeros_like(lengths)
             return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(done, x, y), fresh, after)
 
         bounds = () if self.nvec else (self.action_space.low.ravel(), self.action_space.high.ravel())
         env_actions = actions.clip(*bounds) if bounds else actions  # here and nowhere else
-        keys = jax.random.split(draw(simulator, STEP), self.num_envs)
+        keys = self.each_key(simulator, STEP)
         observations, states, rewards, terminated, truncated = jax.vmap(step)(keys, simulator.states, env_actions)
         returns, lengths = simulator.returns + rewards, simulator.lengths + 1
         after = observations, states, returns, lengths
@@ -1403,6 +1403,10 @@ class GymnaxEnvironments:
         done = terminated | truncated
         following = self.if_any(done, with_next_episodes, lambda: after)
         return Simulator(simulator.keys, simulator.steps + 1, *following), Transition(*transition)
+
+    def each_key(self, simulator: Simulator, purpose: int) -> Tensor:
+        """(N,), each environment's own"""
+        return jax.random.split(draw(simulator, purpose), self.num_envs)
 
     def if_any(self, done: Tensor, then: Callable[[], tuple], otherwise: Callable[[], tuple]) -> tuple:
         """A reset costs as much as a step."""
@@ -1418,7 +1422,7 @@ class GymnaxEnvironments:
     # twin: ppo_jax ppo_lstm_jax
     def blank(self, simulator: Simulator) -> Transition:
         """(T, N, …), to be written"""
-        actions = jnp.zeros((self.num_envs, self.action_dim), jnp.int32 if self.nvec else jnp.float32)
+        actions = jnp.zeros((len(simulator.lengths), self.action_dim), jnp.int32 if self.nvec else jnp.float32)
         _, transition = jax.eval_shape(self.advance, simulator, actions)
         return jax.tree.map(lambda x: jnp.zeros((self.config.num_steps, *x.shape), x.dtype), transition)
 
