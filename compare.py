@@ -675,10 +675,12 @@ def draw_panels(
 
 def draw_returns(runs: list[Run], title: str) -> Figure | None:
     environments = group([run for run in runs if run.has(RETURN)], "env_id")
-    contents = [("" if env_id == title else env_id, here, RETURN) for env_id, here in environments.items()]
+    contents = [("" if len(environments) == 1 else env_id, here, RETURN) for env_id, here in environments.items()]
     for env_id, here in environments.items():
         if max(sum(EVALUATION in row for row in run.rows) for run in here) >= 5:
-            contents.append((f"{'' if env_id == title else env_id} evaluation, greedy".strip(), here, EVALUATION))
+            contents.append(
+                (f"{'' if len(environments) == 1 else env_id} evaluation, greedy".strip(), here, EVALUATION)
+            )
     height, is_alone = 3.2 if len(contents) == 1 else 2.4, len(group(runs, "script")) == 1
     return draw_panels(f"{title}: return during training", contents, "return of an episode", height, each_seed=is_alone)
 
