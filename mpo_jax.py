@@ -188,6 +188,7 @@ class Network(struct.PyTreeNode):
         return self.module.apply({"params": self.params}, *inputs)
 
 
+# twin: td3_jax sac_jax mpo_jax
 class Critics(Network):
     """C critics, their weights stacked: one batched product takes less than several."""
 
@@ -322,6 +323,7 @@ def critic_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: f
     return rewards + gamma * (1 - terminated) * next_q.mean(0)
 
 
+# twin: td3_jax sac_jax mpo_jax
 def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
     """Σ_c mean (Q_c(s, a) - y)² from (C, B) and (B,)"""
     return ((q - targets) ** 2).mean(1).sum()
@@ -1596,7 +1598,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "it was trained with another script, environment or --hidden-sizes"
+            why = "another script or environment made it, or other flags of networks and statistics"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     return from_numpy(learner, arrays)
 

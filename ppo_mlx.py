@@ -1352,16 +1352,16 @@ def newest_checkpoint(directory: Path, run_id: str) -> tuple[dict[str, np.ndarra
     return {}, {}
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
 def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
-    """Weights and statistics of a model.safetensors that any PPO script of this repository wrote."""
+    """Weights and statistics of a model.safetensors that a script with the same networks wrote."""
     arrays, _ = load_arrays(path)
     expected = to_numpy(learner) | envs.to_numpy()
     expected = {name: array for name, array in expected.items() if not name.startswith(TRAINING_ONLY)}
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "it was trained with another environment, --hidden-sizes, --norm-obs or --norm-reward"
+            why = "another script or environment made it, or other flags of networks and statistics"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     envs.from_numpy(arrays)
     return from_numpy(learner, arrays)

@@ -35,9 +35,10 @@ The defaults are CleanRL's; the README has commands for other environments.
             minimise  mean α (-log π(â|s) - H) over α, which holds the entropy at H = -A
             move Q'₁, Q'₂ by the fraction τ towards Q₁, Q₂
 
-Shapes: N environments, B samples of a minibatch, U updates in one compiled call, O observation, A dimensions of an
-action. Actions are in [-1, 1] wherever this file names them, in the replay buffer too, and so are the log-probabilities
-and entropies: of tanh's output, before `environment_actions` scales it to the bounds of the environment.
+Shapes: N environments, B samples of a minibatch, C = 2 critics, U updates in one compiled call, O observation, A
+dimensions of an action. Actions are in [-1, 1] wherever this file names them, in the replay buffer too, and so are the
+log-probabilities and entropies: of tanh's output, before `environment_actions` scales it to the bounds of the
+environment.
 """
 
 import contextlib
@@ -172,17 +173,17 @@ class Network(struct.PyTreeNode):
         return self.module.apply({"params": self.params}, *inputs)
 
 
-# twin: td3_jax sac_jax
+# twin: td3_jax sac_jax mpo_jax
 class Critics(Network):
-    """Q₁ and Q₂, their weights stacked: one batched product takes less than two."""
+    """C critics, their weights stacked: one batched product takes less than several."""
 
     @classmethod
-    def create(cls, module: nn.Module, key: Tensor, *inputs: Tensor) -> "Critics":
-        networks = [Network.create(module, key, *inputs) for key in jax.random.split(key)]
+    def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
+        networks = [Network.create(module, key, *inputs) for key in keys]
         return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
 
     def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """(B, O), (B, A) -> (2, B)"""
+        """(…, O), (…, A) -> (C, …)"""
         return jax.vmap(lambda params: Network(params, self.module)(observations, actions))(self.params)
 
 
@@ -285,9 +286,9 @@ def critic_targets(
     return rewards + gamma * (1 - terminated) * (next_q.min(0) - alpha * next_log_probs)
 
 
-# twin: td3_jax sac_jax
+# twin: td3_jax sac_jax mpo_jax
 def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
-    """Σᵢ mean (Qᵢ(s, a) - y)² from (2, B) and (B,)"""
+    """Σ_c mean (Q_c(s, a) - y)² from (C, B) and (B,)"""
     return ((q - targets) ** 2).mean(1).sum()
 
 
@@ -540,7 +541,8 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     actor_key, critics_key = jax.random.split(jax.random.key(config.seed))
     observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
-    critics = Critics.create(Critic(config.hidden_sizes), critics_key, observations, actions)
+    critic_keys = jax.random.split(critics_key)
+    critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
     log_alpha = jnp.zeros((), jnp.float32)
     optimizers = Optimizers(*map(optax.adam(0.0).init, (actor, critics, log_alpha)))
     return Learner(actor, critics, copied(critics), log_alpha, optimizers)
@@ -1357,7 +1359,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "it was trained with another script, environment or --hidden-sizes"
+            why = "another script or environment made it, or other flags of networks and statistics"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     return from_numpy(learner, arrays)
 

@@ -34,9 +34,10 @@ The defaults are CleanRL's; the README has commands for other environments.
                 maximise  mean Q₁(s, π(s))
                 move π', Q'₁, Q'₂ by the fraction τ towards π, Q₁, Q₂
 
-Shapes: N environments, B samples of a minibatch, U updates in one compiled call, O observation, A dimensions of an
-action. Actions are in [-1, 1] wherever this file names them, in the replay buffer too; `environment_actions` alone
-scales them to the bounds of the environment, so that σ and c are in units of half the range of each dimension.
+Shapes: N environments, B samples of a minibatch, C = 2 critics, U updates in one compiled call, O observation, A
+dimensions of an action. Actions are in [-1, 1] wherever this file names them, in the replay buffer too;
+`environment_actions` alone scales them to the bounds of the environment, so that σ and c are in units of half the range
+of each dimension.
 """
 
 import contextlib
@@ -172,17 +173,17 @@ class Network(struct.PyTreeNode):
         return self.module.apply({"params": self.params}, *inputs)
 
 
-# twin: td3_jax sac_jax
+# twin: td3_jax sac_jax mpo_jax
 class Critics(Network):
-    """Q₁ and Q₂, their weights stacked: one batched product takes less than two."""
+    """C critics, their weights stacked: one batched product takes less than several."""
 
     @classmethod
-    def create(cls, module: nn.Module, key: Tensor, *inputs: Tensor) -> "Critics":
-        networks = [Network.create(module, key, *inputs) for key in jax.random.split(key)]
+    def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
+        networks = [Network.create(module, key, *inputs) for key in keys]
         return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
 
     def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """(B, O), (B, A) -> (2, B)"""
+        """(…, O), (…, A) -> (C, …)"""
         return jax.vmap(lambda params: Network(params, self.module)(observations, actions))(self.params)
 
 
@@ -267,9 +268,9 @@ def critic_targets(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: f
     return rewards + gamma * (1 - terminated) * next_q.min(0)
 
 
-# twin: td3_jax sac_jax
+# twin: td3_jax sac_jax mpo_jax
 def critic_loss(q: Tensor, targets: Tensor) -> Tensor:
-    """Σᵢ mean (Qᵢ(s, a) - y)² from (2, B) and (B,)"""
+    """Σ_c mean (Q_c(s, a) - y)² from (C, B) and (B,)"""
     return ((q - targets) ** 2).mean(1).sum()
 
 
@@ -500,7 +501,8 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     actor_key, critics_key = jax.random.split(jax.random.key(config.seed))
     observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
-    critics = Critics.create(Critic(config.hidden_sizes), critics_key, observations, actions)
+    critic_keys = jax.random.split(critics_key)
+    critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
     return Learner(actor, critics, *copied((actor, critics)), Optimizers(*map(optax.adam(0.0).init, (actor, critics))))
 
 
@@ -1312,7 +1314,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "it was trained with another script, environment or --hidden-sizes"
+            why = "another script or environment made it, or other flags of networks and statistics"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     return from_numpy(learner, arrays)
 

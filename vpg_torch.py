@@ -382,7 +382,9 @@ def act(policy: Policy, observations: np.ndarray, noise: Iterable[np.ndarray] = 
     return sample_actions([head.numpy(force=True) + x for head, x in zip(outputs, noise, strict=False)], policy.parts)
 
 
-def collect(policy: Policy, envs: "Environments", config: Config, rng: np.random.Generator, timed: Callable) -> Batch:
+def collect_rollout(
+    policy: Policy, envs: "Environments", config: Config, rng: np.random.Generator, timed: Callable
+) -> Batch:
     noise = timed("forward", action_noise, rng, (config.num_steps, envs.num_envs), policy)
     observations, next_observations = np.empty((2, config.num_steps, *envs.observations.shape), np.float32)
     rewards = np.empty((config.num_steps, envs.num_envs), np.float32)
@@ -424,7 +426,7 @@ def train(config: Config) -> Result:
             for iteration in run.iterations():
                 rate = annealed_learning_rate(iteration, config)
                 learner = with_learning_rate(learner, rate)
-                batch = collect(learner.policy, envs, config, rng, stopwatch.timed)
+                batch = collect_rollout(learner.policy, envs, config, rng, stopwatch.timed)
                 if run.is_timed(iteration):
                     learner, metrics = update(learner, batch, config, stopwatch.timed)
                 else:
@@ -433,7 +435,7 @@ def train(config: Config) -> Result:
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.policy))
-                run.record(metrics | {"charts/learning_rate": rate}, partial(histograms, learner, batch, config))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, learner, batch, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
@@ -538,8 +540,8 @@ def to_tensors(network: nn.Module, arrays: Any) -> Any:
     return mapped(to_tensor, arrays)
 
 
-def histograms(learner: Learner, batch: Batch, config: Config) -> dict[str, np.ndarray]:
-    """Of the record, values and advantages after the update; a part of an action goes by its place, as actions/arm/0"""
+def samples(learner: Learner, batch: Batch, config: Config) -> dict[str, np.ndarray]:
+    """What the record has a histogram of, after the update; a part of an action goes by its place, as actions/arm/0"""
     values, advantages, _ = targets(learner.critic, Batch(*to_tensors(learner.critic, batch)), config)
     arrays = {"advantages": advantages.numpy(force=True), "values": values.numpy(force=True)}
     return {name: x.ravel() for name, x in (named("actions", batch.actions) | arrays).items()}
@@ -1306,7 +1308,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "it was trained with another script, environment or --hidden-sizes"
+            why = "another script or environment made it, or other flags of networks and statistics"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     return from_numpy(learner, arrays)
 

@@ -249,7 +249,8 @@ def table() -> str:
     lines, commands = [], []
     for name, row in ROWS.items():
         recorded_scripts = [script for script in row.scripts if recorded(name, script).exists()]
-        commands += [f"python {recorded_scripts[0]}.py {row.flags}"] if recorded_scripts else []
+        if recorded_scripts:
+            commands.append(f"# {name}: {', '.join(recorded_scripts)}\npython {recorded_scripts[0]}.py {row.flags}")
         for script in recorded_scripts:
             runs = compare.read_csv(recorded(name, script))
             worst = min(run.summary[row.measure] for run in runs)

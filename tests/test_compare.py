@@ -15,6 +15,7 @@ from matplotlib.image import imread
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compare
 from compare import Histogram, Run
+from tests.records import whole
 
 SCRIPT = Path(compare.__file__)
 CONFIG = {
@@ -59,12 +60,9 @@ def record(directory: Path, rows: list[dict], run_id: str, **config) -> Path:
 
 
 def finish(run: wandb.Run) -> None:
-    """Ends a run and waits for the end of its record, which W&B may still be writing when `finish` returns."""
     run.finish()
     (file,) = Path(run.dir).parent.glob("run-*.wandb")
-    deadline = time.monotonic() + 30
-    while not any(record["type"] == "exit" for record in compare.inspect(file)):
-        assert time.monotonic() < deadline, f"{file} has no end"
+    whole(file)
 
 
 def training_rows(seed: int, speed: float = 1.0) -> list[dict]:

@@ -22,7 +22,8 @@ import pytest
 import ppo_jax
 from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
 from tests.gymnax_environments import ENDS
-from tests.test_ppo_torch import PHASES, assert_times_add_up, inspect, watched_clock
+from tests.records import config_and_rows
+from tests.test_ppo_torch import PHASES, assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
@@ -204,7 +205,7 @@ def calls_and_record(folder: Path, monkeypatch, steps_of_a_call: int, **flags) -
     monkeypatch.setattr(ppo_jax, "STEPS_OF_A_CALL", steps_of_a_call)
     clock = watched_clock(ppo_jax, monkeypatch)
     model = model_after(folder / str(steps_of_a_call), wandb_mode="offline", eval_episodes=2, **flags)
-    return len(clock) - 1, model, inspect(folder / str(steps_of_a_call))[1]
+    return len(clock) - 1, model, config_and_rows(folder / str(steps_of_a_call))[1]
 
 
 def test_iterations_that_share_a_call_are_the_same_iterations(tmp_path, monkeypatch):
@@ -292,7 +293,7 @@ def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeyp
     config = config_of(num_steps=512, total_timesteps=30 * 2048, wandb_mode="offline", timing_interval=timing_interval)
     clock = watched_clock(ppo_jax, monkeypatch)
     ppo_jax.train(dataclasses.replace(config, eval_interval=16384, eval_episodes=2, run_dir=str(tmp_path / "run")))
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     covered = assert_times_add_up(rows, clock)
     phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
     assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()
@@ -378,7 +379,7 @@ def test_each_of_many_seeds_learns_as_by_itself(timing_interval, tmp_path):
 def test_each_of_many_seeds_has_a_record(tmp_path):
     config = config_of(seed=5, num_seeds=2, total_timesteps=40 * 64, eval_episodes=2, wandb_mode="offline")
     result = ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
-    recorded = [inspect(tmp_path / f"run/seed_{k}") for k in range(2)]
+    recorded = [config_and_rows(tmp_path / f"run/seed_{k}") for k in range(2)]
     assert [config["seed"] for config, _ in recorded] == [5, 6]
     for k, (_, rows) in enumerate(recorded):
         assert rows[-1]["charts/evaluation_return"] == np.mean(result.evaluation_returns[2 * k : 2 * k + 2])

@@ -20,7 +20,8 @@ import mpo_jax
 import sac_jax
 import td3_jax
 from tests.backends import unfinished_zero
-from tests.test_ppo_torch import assert_times_add_up, inspect, watched_clock
+from tests.records import config_and_rows
+from tests.test_ppo_torch import assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
@@ -492,7 +493,7 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
     config = configured(module, "Pendulum-v1", {}, **flags, run_dir=str(tmp_path / "run"))
     clock = watched_clock(module, monkeypatch)
     module.train(config)
-    recorded_config, rows = inspect(tmp_path / "run")
+    recorded_config, rows = config_and_rows(tmp_path / "run")
     covered = assert_times_add_up(rows, clock)
     timed = [row for row, _ in covered if "times/loss" in row]
     assert len(timed) == 7 * timing_interval

@@ -43,7 +43,8 @@ from ppo_lstm_jax import (
 )
 from tests.backends import double_precision, doubled
 from tests.gymnax_environments import ENDS
-from tests.test_ppo_torch import PHASES, assert_times_add_up, call, inspect, slow_gae, watched_clock
+from tests.records import config_and_rows
+from tests.test_ppo_torch import PHASES, assert_times_add_up, call, slow_gae, watched_clock
 from tests.test_reliability import (
     BAD_INPUT,
     NUMBERS,
@@ -699,7 +700,7 @@ def test_the_record_of_gymnax_adds_up_to_the_wall_clock(timing_interval, tmp_pat
     flags |= {"wandb_mode": "offline", "eval_interval": 11520, "run_dir": str(tmp_path / "run"), "lstm_size": 64}
     clock = watched_clock(ppo_lstm_jax, monkeypatch)
     train(on_gymnax("CartPole-v1", **flags))
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     covered = assert_times_add_up(rows, clock)
     phases = PHASES | {"iteration", "update/rollout"} if timing_interval else {"update", "record", "other", "iteration"}
     assert {f"times/{phase}" for phase in phases} <= covered[0][0].keys()

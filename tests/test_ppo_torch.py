@@ -58,6 +58,7 @@ from ppo_torch import (
     with_learning_rate,
 )
 from tests.backends import double_precision
+from tests.records import config_and_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CARTPOLE = Config(num_envs=4, num_steps=16, vectorization="sync")
@@ -910,20 +911,6 @@ def test_a_heavier_phase_shows_in_its_own_key(monkeypatch, phase, owner, name, t
     assert slow[phase] > 25 * light[phase]
 
 
-def inspect(run_dir: Path) -> tuple[dict, list[dict]]:
-    """Config and rows of a run's W&B record, by W&B's own reader."""
-    (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    records, deadline = [], time.monotonic() + 30
-    while not any(record["type"] == "exit" for record in records):  # W&B may still be writing when `finish` returns
-        assert time.monotonic() < deadline, f"{file} has no end"
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        records = [json.loads(line) for line in lines]
-    bodies = [(record["type"], record.get(record["type"])) for record in records]
-    config = next(body["config"]["update"] for kind, body in bodies if kind == "run")
-    return config, [body["item"] for kind, body in bodies if kind == "history"]
-
-
 def timing_rows(rows: list[dict]) -> list[tuple[dict[str, float], int]]:
     """Rows that end an iteration, and how many iterations each covers."""
     rows = [row for row in rows if "times/iteration" in row]
@@ -973,7 +960,7 @@ def watched_clock(module: ModuleType, monkeypatch) -> list[float]:
 def test_the_record_adds_up_to_the_wall_clock(tmp_path, monkeypatch, config):
     clock = watched_clock(ppo_torch, monkeypatch)
     train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     covered = assert_times_add_up(rows, clock)
     assert sum(number for _, number in covered) == config.num_iterations
     timed = [row for row, _ in covered if "times/loss" in row]
@@ -1007,7 +994,7 @@ def recorded(tmp_path_factory) -> dict[str, tuple[Config, dict, list[dict]]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ppo_torch, "SECONDS_OF_A_ROW", 0.0)  # a row an iteration, however fast the machine is
             train(config)
-        found[name] = (config, *inspect(Path(config.run_dir)))
+        found[name] = (config, *config_and_rows(Path(config.run_dir)))
     return found
 
 
@@ -1097,7 +1084,7 @@ def test_recorded_episodes(tmp_path, monkeypatch):
     expected = written_down([first_seed(config) + n for n in range(3)], "truncated", 1600)
     signs = (-1.0) ** np.array(expected["observations"][..., 0])
     returns = signs * expected["length"] * (expected["length"] + 1) / 2
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     covered = timing_rows(rows)
     assert {number for _, number in covered} > {1}  # an iteration takes about 2 ms
     end = 0
@@ -1235,7 +1222,7 @@ def test_cartpole_is_learnt(trained):
 def test_a_row_takes_a_tenth_of_a_second(trained):
     """Or is beside an iteration that is timed phase by phase, or ends where a checkpoint begins."""
     directory, _ = trained
-    _, rows = inspect(directory)
+    _, rows = config_and_rows(directory)
     covered, config = timing_rows(rows), Config(total_timesteps=65536)
     assert sum(number for _, number in covered) == config.num_iterations == 128
     for row, number in covered:

@@ -33,10 +33,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import compare
 import ppo_jax
 import ppo_mlx
 import ppo_torch
 from tests import backends, environments
+from tests.records import whole
 
 ROOT = Path(ppo_torch.__file__).parent
 SCRIPT = ROOT / "ppo_torch.py"
@@ -206,17 +208,6 @@ def assert_same_model(one: Path, other: Path) -> None:
     assert [name for name in one if one[name] != other[name]] == []
 
 
-def record(wandb_file: Path) -> list[dict]:
-    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", wandb_file]
-    inspected = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in inspected.stdout.splitlines()]
-
-
-def is_closed(wandb_file: Path) -> bool:
-    """A record about the machine may come after the one of the end."""
-    return any(row["type"] == "exit" for row in record(wandb_file))
-
-
 def wandb_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
 
@@ -315,7 +306,7 @@ def test_a_run_killed_from_outside_keeps_its_record_and_id(env_id, start, tmp_pa
     wandb_id = json.loads((directory / "config.json").read_text())["wandb_id"]
     assert first.name == second.name == f"run-{wandb_id}.wandb"
     wait_for(lambda: not process.children())
-    config = next(row["run"]["config"]["update"] for row in record(second) if row["type"] == "run")
+    config = next(row["run"]["config"]["update"] for row in compare.inspect(second) if row["type"] == "run")
     assert config["resumed_at"] > 0
 
 
@@ -388,9 +379,8 @@ def assert_goes_on(directory: Path) -> None:
 
 def assert_whole_record(directory: Path) -> None:
     """W&B closed the record, and it has the row of the last step."""
-    rows = record(wandb_files(directory)[0])
-    assert "exit" in [row["type"] for row in rows]
-    steps = [row["history"]["item"]["global_step"] for row in rows if row["type"] == "history"]
+    records = whole(wandb_files(directory)[0])
+    steps = [row["history"]["item"]["global_step"] for row in records if row["type"] == "history"]
     assert steps[-1] == step_of(checkpoints(directory)[-1])
 
 
@@ -434,7 +424,7 @@ def test_no_worker_outlives_a_killed_run(start, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     assert process.end().code == -signal.SIGKILL
     wait_for(lambda: not process.children())
-    assert any(row["type"] == "history" for row in record(wandb_files(tmp_path / "run")[0]))
+    assert any(row["type"] == "history" for row in compare.inspect(wandb_files(tmp_path / "run")[0]))
 
 
 def test_a_killed_worker_ends_the_run(start, tmp_path):
@@ -442,7 +432,7 @@ def test_a_killed_worker_ends_the_run(start, tmp_path):
     os.kill(process.workers()[0], signal.SIGKILL)
     assert_failed(process.end(), "CartPole-v1: a process died or hangs in a step")
     wait_for(lambda: not process.children())
-    assert is_closed(wandb_files(tmp_path / "run")[0])
+    whole(wandb_files(tmp_path / "run")[0])
 
 
 def test_an_error_in_a_worker_ends_the_run(start, tmp_path):
@@ -454,7 +444,7 @@ def test_an_error_in_a_worker_ends_the_run(start, tmp_path):
     assert outcome.code == 1 and "the step of this environment is broken" in outcome.err[-2]
     assert outcome.err[-1] == "in the step of tests.environments:Raises-v0"
     wait_for(lambda: not process.children())
-    assert is_closed(wandb_files(tmp_path / "run")[0])
+    whole(wandb_files(tmp_path / "run")[0])
 
 
 def test_training_goes_on_without_wandb(start, tmp_path):
@@ -1087,5 +1077,4 @@ def test_an_environment_that_raises(where, at, tmp_path):
             outcome.code == 0 if where == "close" else f"the {where} of this environment is broken" in outcome.err[-1]
         )
     assert (directory / "model.safetensors").exists() == (where == "close")
-    wandb_file = wandb_files(directory)[0]
-    wait_for(lambda: is_closed(wandb_file))
+    whole(wandb_files(directory)[0])

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 from benchmarks import gymnax_speed, learning, long_runs, processes, speed, unfenced, widths
@@ -41,6 +42,21 @@ def test_speed_ratios_compare_neighbours_in_time(tmp_path):
 
 def test_table_of_the_device_in_the_readme_is_that_of_the_records():
     assert gymnax_speed.markdown_table(gymnax_speed.recorded(ROOT / "results" / "gymnax_speed.csv")) in README
+
+
+def test_gains_of_devices_in_the_readme_are_those_of_the_records():
+    rows = gymnax_speed.recorded(ROOT / "results" / "gymnax_speed.csv")
+    speeds = {row[:5]: row.steps_per_second for row in rows}
+
+    def ratios(which, to):
+        found = [speeds[repeat, *which, True] / speeds[repeat, *to, True] for repeat in {row.repeat for row in rows}]
+        return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+    single, text = (64, 1, 1), " ".join(README.split())
+    assert f"gain {ratios((64, 2, 1), single)} with 64" in text
+    assert f"environments, {ratios((1024, 2, 1), (1024, 1, 1))} with 1024" in text
+    assert f"cost {ratios(single, (64, 2, 8))} of eight single runs" in text
+    assert f"on two, and {ratios(single, (64, 1, 8))} on one" in text
 
 
 def test_ratios_on_the_device_compare_neighbours_in_time():

@@ -24,7 +24,8 @@ from scipy import special, stats
 from torch.distributions import Categorical, Normal
 
 import vpg_torch
-from tests.test_ppo_torch import assert_times_add_up, inspect, slow_gae, watched_clock
+from tests.records import config_and_rows
+from tests.test_ppo_torch import assert_times_add_up, slow_gae, watched_clock
 from tests.test_reliability import ROOT, Process, assert_same_model, checkpoints, lines, step_of, wait_for
 from vpg_torch import (
     Batch,
@@ -36,7 +37,7 @@ from vpg_torch import (
     act,
     action_noise,
     action_parts,
-    collect,
+    collect_rollout,
     environment_actions,
     gae,
     leaves,
@@ -212,7 +213,7 @@ def test_a_batch_keeps_the_structure_of_its_actions():
     with contextlib.closing(Environments(MIXED_SMALL, 2)) as envs:
         envs.restart(0)
         learner = new_learner(envs.observation_dim, envs.parts, MIXED_SMALL)
-        batch = collect(learner.policy, envs, MIXED_SMALL, np.random.default_rng(0), CALL)
+        batch = collect_rollout(learner.policy, envs, MIXED_SMALL, np.random.default_rng(0), CALL)
     shapes = mapped(lambda part, x: (x.shape, x.dtype), envs.parts, batch.actions)
     integers, floats = np.dtype(np.int64), np.dtype(np.float32)
     arm = ((16, 2, 2), integers), ((16, 2, 2), floats), {"free": ((16, 2, 1, 2), floats)}
@@ -462,7 +463,7 @@ def test_cartpole_is_learnt(tmp_path):
     config = Config(total_timesteps=60_000, vectorization="sync", run_dir=str(tmp_path / "run"))
     result = train(config)
     assert np.mean(result.evaluation_returns) > 150
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     keys = {key for row in rows for key in row}
     names = "policy_loss value_loss entropy approx_kl old_approx_kl explained_variance grad_norm"
     assert {f"losses/{name}" for name in names.split()} <= keys
@@ -480,7 +481,7 @@ def test_the_phases_partition_the_run(timing_interval, tmp_path, monkeypatch):
     config = Config(total_timesteps=10 * 2048, run_dir=str(tmp_path / "run"), **flags)
     clock = watched_clock(vpg_torch, monkeypatch)
     train(config)
-    _, rows = inspect(tmp_path / "run")
+    _, rows = config_and_rows(tmp_path / "run")
     assert_times_add_up(rows, clock)
     timed = [row for row in rows if "times/loss" in row]
     assert len(timed) == 10 * timing_interval
