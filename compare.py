@@ -599,7 +599,9 @@ def seeds(runs: list[Run]) -> str:
 
 def estimator(runs: list[Run]) -> str:
     counts = [len(pooled) for pooled in group(runs, "env_id", "script").values()]
-    means = "interquartile mean, 95 % bootstrap interval; " if max(counts) >= 3 else ""
+    # of three values nothing is trimmed, and their 95 % interval is their range
+    means = "mean and range; " if max(counts) == 3 else "interquartile mean, 95 % bootstrap interval; "
+    means *= max(counts) >= 3
     alone = "1 or 2 seeds each drawn; " if min(counts) < 3 and max(counts) > 1 else ""
     return f"{seeds(runs)}; {means}{alone}smoothed over {100 * SMOOTHING:g} % of training"
 
@@ -650,14 +652,20 @@ Panel = tuple[str, list[Run], str]  # title, runs, key
 
 
 def draw_panels(
-    title: str, contents: list[Panel], ylabel: str, height: float, milliseconds: bool = False, each_seed: bool = False
+    title: str,
+    contents: list[Panel],
+    ylabel: str,
+    height: float,
+    milliseconds: bool = False,
+    each_seed: bool = False,
+    sharey: bool = False,
 ) -> Figure | None:
     """A panel for each of the contents, a curve for each script, and each seed."""
     if not contents:
         return None
     runs = list({run.id: run for _, here, _ in contents for run in here}.values())
     figure = new_figure(1.2 + height * math.ceil(len(contents) / 3), title, estimator(runs))
-    axes, unit = panels(figure, len(contents), runs, ylabel)
+    axes, unit = panels(figure, len(contents), runs, ylabel, sharey)
     for axis, (name, here, key) in zip(axes, contents, strict=True):
         for script, pooled in group(here, "script").items():
             draw_curve(axis, pooled, key, colours(runs)[script], unit, 1e3 if milliseconds else 1, each_seed)
@@ -675,14 +683,16 @@ def draw_panels(
 
 def draw_returns(runs: list[Run], title: str) -> Figure | None:
     environments = group([run for run in runs if run.has(RETURN)], "env_id")
-    contents = [("" if len(environments) == 1 else env_id, here, RETURN) for env_id, here in environments.items()]
-    for env_id, here in environments.items():
-        if max(sum(EVALUATION in row for row in run.rows) for run in here) >= 5:
-            contents.append(
-                (f"{'' if len(environments) == 1 else env_id} evaluation, greedy".strip(), here, EVALUATION)
-            )
+    is_one = len(environments) == 1
+    contents = [
+        (kind if is_one else f"{env_id}, {kind}", here, key)
+        for kind, key in (("training", RETURN), ("evaluation, greedy", EVALUATION))
+        for env_id, here in environments.items()
+        if key == RETURN or max(sum(key in row for row in run.rows) for run in here) >= 5
+    ]
     height, is_alone = 3.2 if len(contents) == 1 else 2.4, len(group(runs, "script")) == 1
-    return draw_panels(f"{title}: return during training", contents, "return of an episode", height, each_seed=is_alone)
+    labels = f"{title}: return", contents, "return of an episode"
+    return draw_panels(*labels, height, each_seed=is_alone, sharey=is_one)
 
 
 def draw_phases(runs: list[Run], title: str) -> Figure | None:

@@ -133,11 +133,12 @@ def markdown_table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Steps per second and memory by the number of environments: medians and ranges over the repeats"""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure.suptitle("CartPole-v1, one seed: medians, bars from the least to the greatest", fontsize=10)
     curves = {
         "SB3 (PyTorch)": [row for row in rows if not row.is_ours],
-        "ppo_jax.py, one device": [row for row in rows if row.is_ours and row.devices == row.num_seeds == 1],
-        "ppo_jax.py, two devices": [row for row in rows if row.devices == 2 and row.num_seeds == 1],
+        "ppo_jax.py, gymnax, one device": [row for row in rows if row.is_ours and row.devices == row.num_seeds == 1],
+        "ppo_jax.py, gymnax, two devices": [row for row in rows if row.devices == 2 and row.num_seeds == 1],
     }
     quantities = ("steps_per_second", "steps per second"), ("mebibytes", "memory of the process, MiB")
     for ax, (field, title) in zip(axes, quantities, strict=True):
@@ -147,7 +148,8 @@ def draw(rows: list[Row], path: Path) -> None:
             medians = [statistics.median(x) for x in values]
             below = [median - min(x) for median, x in zip(medians, values, strict=True)]
             above = [max(x) - median for median, x in zip(medians, values, strict=True)]
-            ax.errorbar(numbers, medians, (below, above), marker="o", capsize=3, label=label)
+            places = [number * (1.1 if "two" in label else 1) for number in numbers]  # bars would hide one another
+            ax.errorbar(places, medians, (below, above), marker="o", capsize=3, label=label)
         ticks = sorted({row.num_envs for row in rows})
         ax.set(xscale="log", ylim=(0, None), xlabel="environments", title=title)
         ax.set_xticks(ticks, map(str, ticks), minor=False)

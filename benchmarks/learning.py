@@ -245,7 +245,7 @@ def recorded(name: str, script: str) -> Path:
 
 def table() -> str:
     """The table of all rows that are recorded, and their commands."""
-    header = ["environment", "steps", "script", "seeds", "training", "evaluation", "worst seed", "steps/s", "published"]
+    header = ["environment", "steps", "script", "seeds", "training", "evaluation", "worst seed", "published"]
     lines, commands = [], []
     for name, row in ROWS.items():
         recorded_scripts = [script for script in row.scripts if recorded(name, script).exists()]
@@ -255,11 +255,11 @@ def table() -> str:
             runs = compare.read_csv(recorded(name, script))
             worst = min(run.summary[row.measure] for run in runs)
             steps = max(run.summary["steps"] for run in runs)
-            speeds = sorted(run.summary["steps_per_second"] for run in runs)
             estimates = [compare.estimate(runs, key) for key in ("return_last_100", row.measure)]
             cells = [row.title, f"{steps:,.0f}", f"`{script}`", str(len(runs)), *estimates, compare.number(worst)]
-            lines.append([*cells, f"{speeds[len(speeds) // 2]:,.0f}", row.published])
-    return "\n\n".join([compare.markdown(header, lines).rstrip(), "```bash\n" + "\n".join(commands) + "\n```"])
+            lines.append([*cells, row.published])
+    folded = "<details><summary>The command of every row</summary>", "```bash\n" + "\n".join(commands) + "\n```"
+    return "\n\n".join([compare.markdown(header, lines).rstrip(), *folded, "</details>"])
 
 
 if __name__ == "__main__":

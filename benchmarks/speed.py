@@ -227,7 +227,7 @@ def read(path: Path) -> list[Row]:
 def markdown_table(rows: list[Row], references: list[str]) -> str:
     """Over the turns: medians of steps per second and of the ratios to each reference in the same turn; mean seconds"""
     speed = {(row.repeat, row.contestant): row.steps_per_second for row in rows}
-    titles = ["", "steps/s, median (min to max)", "s / 1000 steps, mean ± std", *(f"of {x}" for x in references)]
+    titles = ["", "steps/s, median (min to max)", "s / 1000 steps, mean ± std", *(f"speed / {x}" for x in references)]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for contestant in dict.fromkeys(row.contestant for row in rows):
         turns = {repeat: value for (repeat, name), value in speed.items() if name == contestant}
@@ -236,7 +236,8 @@ def markdown_table(rows: list[Row], references: list[str]) -> str:
         cells.append(f"{statistics.mean(seconds):.3g} ± {statistics.stdev(seconds) if len(seconds) > 1 else 0:.1g}")
         for reference in references:
             ratios = [value / speed[repeat, reference] for repeat, value in turns.items()]
-            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells.append("1" if contestant == reference else ratio)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -510,7 +510,7 @@ def test_an_unwritable_output_is_one_line(runs, tmp_path, monkeypatch, capsys):
         (2, "2 seeds; 1 or 2 seeds each drawn; smoothed over 2 % of training", "ppo_torch (2 seeds, each drawn)"),
         (
             3,
-            "3 seeds; interquartile mean, 95 % bootstrap interval; smoothed over 2 % of training",
+            "3 seeds; mean and range; smoothed over 2 % of training",
             "ppo_torch (3 seeds, each drawn)",
         ),
     ],
@@ -520,6 +520,6 @@ def test_a_figure_says_what_is_drawn_of_how_many_seeds(number, subtitle, legend)
     config = {"env_id": "E", "exp_name": "ppo_torch", "framework": "torch"}
     runs = [Run(str(n), config | {"seed": n}, {"steps": 20}, rows) for n in range(number)]
     figure = compare.draw_returns(runs, "E, masked")
-    assert figure.get_suptitle() == f"E, masked: return during training\n{subtitle}"
+    assert figure.get_suptitle() == f"E, masked: return\n{subtitle}"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [legend]
-    assert [axis.get_title() for axis in figure.axes] == [""]  # the heading says which environment
+    assert [axis.get_title() for axis in figure.axes] == ["training"]  # the heading says which environment
