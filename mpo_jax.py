@@ -36,9 +36,11 @@ Optimization", arXiv 2005.07513 (MO-MPO), for the penalty on actions out of boun
                 ε_Σ for its covariances: α_μ and α_Σ, learned, are the prices of these
             move π', Q' by the fraction τ towards π, Q
 
-Three choices leave the papers. The states of both steps are the next ones of the minibatch, as in DeepMind's Acme: the
-critic's targets and the weights then share the S·B values of Q', most of an update's work. The target networks follow
-by τ at every update and not by a copy at every hundredth. Targets are of one step (`--gamma` alone, no Retrace).
+These choices leave the papers. The states of both steps are the next ones of the minibatch, where Acme's TensorFlow MPO
+takes the same states for both too: the critic's targets and the weights then share the S·B values of Q', most of an
+update's work. The target networks follow by τ at every update and not by a copy at every hundredth; the KLs are to the
+target policy, so that τ sets the pace of the policy too. Targets are of one step (`--gamma` alone, no Retrace),
+constraints are of each dimension of an action (`--per-dim-kl`, as Acme has it), and π acts, not π'.
 
 Shapes: N environments, B samples of a minibatch, S actions sampled in each state, C critics, K objectives (Q and the
 action penalty), U updates in one compiled call, O observation, A dimensions of an action. The policy is a Gaussian
@@ -123,7 +125,7 @@ class Config:
     batch_size: Count = 256  # B, transitions of a minibatch
     updates_per_step: Positive = 1.0  # updates for each transition: times N for a step of all environments
     gamma: Fraction = 0.99  # discount factor γ
-    tau: Fraction = 0.005  # τ, how far the targets move towards their networks
+    tau: Fraction = 0.005  # τ, how far the targets move towards their networks, and with them the policy
     num_critics: Count = 1  # C, critics; of several the minimum counts
     num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
     temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # to the optimum: compiled, scipy's; or one step
@@ -248,7 +250,8 @@ class Batch(NamedTuple):
     actions: np.ndarray  # (U, B, A)
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
-    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated; where it terminated, others
+    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated; where it terminated,
+    # the next one's first, to which the policy is fitted too
     noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
 
 
@@ -425,10 +428,9 @@ def kl_cov(policy: Gaussian, target: Gaussian) -> Tensor:
     return 0.5 * ratio**2 - jnp.log(ratio) - 0.5
 
 
-def multipliers_loss(multipliers: Multipliers, kls: Multipliers, epsilons: Multipliers) -> Tensor:
-    """Σ α (ε - KL), whose descent in α ascends the Lagrangian of MPO eq. 12: a KL above its ε raises the price."""
-    terms = jax.tree.map(lambda x, kl, epsilon: (positive(x) * (epsilon - kl)).sum(), multipliers, kls, epsilons)
-    return sum(terms)
+def multipliers_loss(multipliers: Multipliers, kls: Multipliers, limits: Multipliers) -> Tensor:
+    """Σ α (ε - KL), the part of the Lagrangian (MPO eq. 12) that α minimises: a KL above its ε raises the price."""
+    return sum(jax.tree.map(lambda x, kl, limit: (positive(x) * (limit - kl)).sum(), multipliers, kls, limits))
 
 
 def positive(x: Tensor) -> Tensor:
@@ -597,7 +599,7 @@ def update_targets(learner: Learner, config: Config) -> Learner:
 
 
 def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Metrics]:
-    """Policy evaluation, E-step and M-step (MPO section 4, REPI algorithm 1) on a batch without the axis U
+    """Policy evaluation, E-step and M-step (REPI algorithm 1) on a batch without the axis U
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
@@ -1281,16 +1283,16 @@ class Run:
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not is_logged_in():
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
-        self.directory, self.run_id = open_directory(config)
+        self.directory, self.run_id = directory_of_run(config)
         self.checkpoint, progress = newest_checkpoint(self.directory, self.run_id) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
         if (step := progress.get("global_step", self.global_step)) != self.global_step:
             why = "it was started with other environments, steps or processes"
-            raise BadInput(
-                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
-            )
+            what = f"its checkpoint is of step {step}, here {self.global_step}"
+            raise BadInput(f"--resume {self.directory}: {what}; {why}")
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
+        write_config(self.directory, config, self.run_id)
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1348,7 +1350,7 @@ class Run:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame) -> None:
-        """Ends the run after this iteration; a second signal ends it at once."""
+        """Ends the run after this iteration; a second signal of the same kind ends it at once."""
         self.stop_signal = number
         signal.signal(number, self.handlers[number])
 
@@ -1393,8 +1395,8 @@ class Run:
         return interval > 0 and self.global_step // interval > before // interval and not is_last
 
     def check(self, metrics: dict[str, float]) -> None:
-        constant_returns = {"losses/explained_variance"}  # have none: it may be NaN
-        if not all(math.isfinite(metrics[name]) for name in metrics.keys() - constant_returns):
+        # returns that are all equal have no explained variance: it may be NaN
+        if not all(math.isfinite(x) or name == "losses/explained_variance" for name, x in metrics.items()):
             raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
 
     def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
@@ -1489,11 +1491,9 @@ class Run:
         """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
         if self.stop_signal or (self.config.checkpoint_every and self.iteration):
             self.save_checkpoint(state, rng)
-        returns = []
-        if not self.stop_signal:
-            if self.config.save_model:
-                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
-            returns = self.evaluate(act)
+        if self.config.save_model and not self.stop_signal:
+            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
+        returns = [] if self.stop_signal else self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
             print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
@@ -1604,28 +1604,32 @@ def load_model(path: str, learner: Learner) -> Learner:
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def open_directory(config: Config) -> tuple[Path, str]:
-    """The directory of the run, new unless it is resumed, and its W&B id."""
+def directory_of_run(config: Config) -> tuple[Path, str]:
+    """The directory, of a new run or the one that is resumed, and the run's W&B id"""
     if config.resume:
         directory = Path(config.resume)
-        run_id = json.loads((directory / "config.json").read_text())["wandb_id"]
-    else:
-        name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
-        if (directory / "config.json").exists():
-            raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+        return directory, json.loads((directory / "config.json").read_text())["wandb_id"]
+    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name))
+    if (directory / "config.json").exists():
+        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    return directory, secrets.token_hex(4)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def write_config(directory: Path, config: Config, run_id: str) -> None:
+    """Of a resumed run with what changed, once nothing refuses it: the next --resume needs no other flag either"""
     text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
     part = directory / "config.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)  # of a resumed run with what changed: the next --resume needs no other flag either
+        part.write_text(text)
         os.replace(part, directory / "config.json")
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         what = f"cannot write to {directory}: {one_line(error)}"
         raise BadInput(f"{what}; make room there or choose another --run-dir") from error
-    return directory, run_id
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1641,7 +1645,6 @@ class TrainingFailed(Exception):
     """A number is not finite, or a file cannot be written."""
 
 
-# twin: td3_jax sac_jax mpo_jax
 def validate(config: Config) -> Config:
     """Raises BadInput where a value is not what Config allows, or where values do not go together."""
     config = checked_fields(config)
@@ -1655,6 +1658,11 @@ def validate(config: Config) -> Config:
         raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
     if config.buffer_size < config.num_envs:
         raise BadInput(f"--buffer-size {config.buffer_size}: must hold a transition of each of the environments")
+    largest = math.log(config.num_action_samples)  # KL, where one sample has all the weight
+    for name in ("epsilon", "epsilon_penalty"):
+        if (value := getattr(config, name)) >= largest:
+            samples = f"log of --num-action-samples {config.num_action_samples}"
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be less than {largest:.3f}, the {samples}")
     return config
 
 

@@ -276,16 +276,16 @@ def initialised(layer: Callable[..., nn.Module], gain: float = math.sqrt(2)) -> 
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-# twin: ppo_torch ppo_mlx ppo_jax
 class Rollout(NamedTuple):
-    """What the environments gave, on the host."""
+    """What the environments gave."""
 
     observations: np.ndarray  # (T + 1, N, *O); the last row begins the next rollout
     actions: np.ndarray  # (T, N, A)
     rewards: np.ndarray  # (T, N)
     terminated: np.ndarray  # (T, N)
     truncated: np.ndarray  # (T, N), without those that terminated in the same step
-    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order
+    final_observations: np.ndarray  # (L, *O): true last observations of the L truncated episodes, in (T, N) order; or
+    # (T, N, *O): what each step led to
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -581,6 +581,7 @@ def train(config: Config) -> Result:
                 is_timed = run.is_timed(iteration)
                 if is_gymnax(config):
                     rates = [annealed_learning_rate(i, config) for i in run.iterations_of_call()]
+                    rate = sum(rates) / len(rates)  # of the record, a mean over the call as the losses are
                     outcome = collect_and_update(learner, envs, rates, config, stopwatch, is_timed)
                     learner, rollout, batch, metrics = outcome
                 else:
@@ -820,8 +821,9 @@ def each_minibatch(
     return learner, *timed("loss", averaged, outputs)
 
 
+# twin: ppo_jax ppo_lstm_jax
 def averaged(outputs: tuple | list[tuple]) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, B / M)"""
+    """Losses and log-ratios of all minibatches, stacked or in a list -> mean losses, log-ratios (M, …)"""
     losses, log_ratios = stacked(outputs) if isinstance(outputs, list) else outputs
     return {name: x.mean() for name, x in losses.items()}, log_ratios
 
@@ -1700,16 +1702,16 @@ class Run:
         self.config, self.envs, self.stopwatch = config, envs, stopwatch
         if config.wandb_mode == "online" and not is_logged_in():
             raise BadInput("--wandb-mode online: no W&B key; `wandb login` stores one, and offline needs no account")
-        self.directory, self.run_id = open_directory(config)
+        self.directory, self.run_id = directory_of_run(config)
         self.checkpoint, progress = newest_checkpoint(self.directory, self.run_id) if config.resume else ({}, {})
         self.iteration, self.rng_state = progress.get("iteration", 0), progress.get("rng")
         if (step := progress.get("global_step", self.global_step)) != self.global_step:
             why = "it was started with other environments, steps or processes"
-            raise BadInput(
-                f"--resume {self.directory}: its checkpoint is of step {step}, here {self.global_step}; {why}"
-            )
+            what = f"its checkpoint is of step {step}, here {self.global_step}"
+            raise BadInput(f"--resume {self.directory}: {what}; {why}")
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
+        write_config(self.directory, config, self.run_id)
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1767,7 +1769,7 @@ class Run:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame) -> None:
-        """Ends the run after this iteration; a second signal ends it at once."""
+        """Ends the run after this iteration; a second signal of the same kind ends it at once."""
         self.stop_signal = number
         signal.signal(number, self.handlers[number])
 
@@ -1812,8 +1814,8 @@ class Run:
         return interval > 0 and self.global_step // interval > before // interval and not is_last
 
     def check(self, metrics: dict[str, float]) -> None:
-        constant_returns = {"losses/explained_variance"}  # have none: it may be NaN
-        if not all(math.isfinite(metrics[name]) for name in metrics.keys() - constant_returns):
+        # returns that are all equal have no explained variance: it may be NaN
+        if not all(math.isfinite(x) or name == "losses/explained_variance" for name, x in metrics.items()):
             raise TrainingFailed(f"the loss or its gradient is not finite at step {self.global_step}")
 
     def record(self, metrics: dict[str, float], samples: Callable[[], dict[str, np.ndarray]]) -> None:
@@ -1908,11 +1910,9 @@ class Run:
         """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
         if self.stop_signal or (self.config.checkpoint_every and self.iteration):
             self.save_checkpoint(state, rng)
-        returns = []
-        if not self.stop_signal:
-            if self.config.save_model:
-                self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
-            returns = self.evaluate(act)
+        if self.config.save_model and not self.stop_signal:
+            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
+        returns = [] if self.stop_signal else self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()
             print(f"stopped; go on with: {self.launcher} {sys.argv[0]} --resume {self.directory}", file=sys.stderr)
@@ -2132,28 +2132,32 @@ def load_model(path: str, learner: Learner, envs: Environments) -> Learner:
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def open_directory(config: Config) -> tuple[Path, str]:
-    """The directory of the run, new unless it is resumed, and its W&B id."""
+def directory_of_run(config: Config) -> tuple[Path, str]:
+    """The directory, of a new run or the one that is resumed, and the run's W&B id"""
     if config.resume:
         directory = Path(config.resume)
-        run_id = json.loads((directory / "config.json").read_text())["wandb_id"]
-    else:
-        name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
-        if (directory / "config.json").exists():
-            raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+        return directory, json.loads((directory / "config.json").read_text())["wandb_id"]
+    name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name))
+    if (directory / "config.json").exists():
+        raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
+    return directory, secrets.token_hex(4)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def write_config(directory: Path, config: Config, run_id: str) -> None:
+    """Of a resumed run with what changed, once nothing refuses it: the next --resume needs no other flag either"""
     text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
     part = directory / "config.part"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)  # of a resumed run with what changed: the next --resume needs no other flag either
+        part.write_text(text)
         os.replace(part, directory / "config.json")
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         what = f"cannot write to {directory}: {one_line(error)}"
         raise BadInput(f"{what}; make room there or choose another --run-dir") from error
-    return directory, run_id
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -219,6 +219,10 @@ def test_iterations_that_share_a_call_are_the_same_iterations(tmp_path, monkeypa
         np.testing.assert_allclose(model[name], expected[name], rtol=0, atol=1e-5, err_msg=name)
     for key in ("charts/evaluation_return", "charts/return_last_100"):
         assert rows[-1][key] == expected_rows[-1][key]
+    rates = [1e-3 * (1 - k / 8) for k in range(8)]  # of each iteration; the last row has those since the row before
+    last = next(row for row in reversed(rows) if "charts/learning_rate" in row)
+    first = max((row["charts/iteration"] for row in rows if row.get("charts/iteration", 8) < 8), default=0)
+    assert last["charts/learning_rate"] == pytest.approx(np.mean(rates[first:]))
 
 
 def test_every_second_call_is_a_timed_iteration(tmp_path, monkeypatch):

@@ -553,10 +553,16 @@ def test_the_time_limit_of_dm_control_is_not_terminal():
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [("num_action_samples=1", "num-action-samples 1"), ("epsilon=0.0", "epsilon 0.0")]
+    ("flag", "message"),
+    [
+        ("num_action_samples=1", "num-action-samples 1"),
+        ("epsilon=0.0", "epsilon 0.0"),
+        ("epsilon=3.0", "epsilon 3.0: must be less than 2.996, the log of --num-action-samples 20"),
+        ("epsilon_penalty=3.0", "epsilon-penalty 3.0: must be less than 2.996"),
+    ],
 )
 def test_bad_input(flag, message):
     name, value = flag.split("=")
-    config = dataclasses.replace(configured(mpo_jax, total_timesteps=40), **{name: float(value)})
+    config = dataclasses.replace(configured(mpo_jax, total_timesteps=0), **{name: float(value)})
     with pytest.raises(mpo_jax.BadInput, match=message):
         mpo_jax.validate(config)
