@@ -252,7 +252,7 @@ class Batch(NamedTuple):
     terminated: np.ndarray  # (U, B)
     next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated; where it terminated,
     # the next one's first, to which the policy is fitted too
-    noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
+    next_noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
 
 
 class Gaussian(NamedTuple):
@@ -455,7 +455,7 @@ def polyak(target: Network, network: Network, tau: float) -> Network:
 def sample_values(learner: Learner, batch: Batch, config: Config) -> Samples:
     """-> what π' does in the next states, and Q' of it"""
     policy = Gaussian(*learner.target_actor(batch.next_observations))
-    actions = sample_actions(policy, batch.noise)  # (S, B, A)
+    actions = sample_actions(policy, batch.next_noise)  # (S, B, A)
     observations = jnp.broadcast_to(batch.next_observations, (*actions.shape[:-1], batch.observations.shape[-1]))
     q = learner.target_critics(observations, actions.clip(-1, 1)).min(0)  # (S, B)
     return Samples(policy, actions, jnp.stack([q, -action_cost(actions)] if config.action_penalty else [q]))
@@ -473,17 +473,13 @@ def critic_gradient(learner: Learner, batch: Batch, samples: Samples, config: Co
     return gradient, loss, q_mean
 
 
-def solve_by_newton(
-    temperatures: Tensor, optimizer: tuple[()], values: Tensor, config: Config
-) -> tuple[Tensor, tuple[()]]:
+def solve_by_newton(learner: Learner, values: Tensor, config: Config) -> Learner:
     """To the optimum of each objective's dual, values (K, S, B)"""
-    optimal = map(optimal_temperature, values, epsilons(config), positive(temperatures))
-    return before_positive(jnp.stack(list(optimal))), optimizer
+    optimal = map(optimal_temperature, values, epsilons(config), positive(learner.temperatures))
+    return learner._replace(temperatures=before_positive(jnp.stack(list(optimal))))
 
 
-def solve_by_slsqp(
-    temperatures: Tensor, optimizer: tuple[()], values: Tensor, config: Config
-) -> tuple[Tensor, tuple[()]]:
+def solve_by_slsqp(learner: Learner, values: Tensor, config: Config) -> Learner:
     """To the optimum on the host, by scipy's sequential least squares, which asks JAX for g and its gradient"""
     minimize = importlib.import_module("scipy.optimize").minimize  # comes with JAX; only this solver needs it
 
@@ -491,23 +487,20 @@ def solve_by_slsqp(
         return tuple(map(float, compiled_dual(temperature[0], values, epsilon)))
 
     options = {"jac": True, "method": "SLSQP", "bounds": [(MIN_DUAL, None)], "options": {"ftol": 1e-9}}
-    starts = np.asarray(positive(temperatures))
+    starts = np.asarray(positive(learner.temperatures))
     objectives = zip(map(without_best, values), epsilons(config), strict=True)
     optimal = [minimize(dual, x, args=args, **options).x[0] for x, args in zip(starts, objectives, strict=True)]
-    return before_positive(jnp.array(optimal, starts.dtype)), optimizer
+    return learner._replace(temperatures=before_positive(jnp.array(optimal, starts.dtype)))
 
 
-def solve_by_adam(
-    temperatures: Tensor, optimizer: optax.OptState, values: Tensor, config: Config
-) -> tuple[Tensor, optax.OptState]:
+def solve_by_adam(learner: Learner, values: Tensor, config: Config) -> Learner:
     """One step of descent on the sum of the duals"""
 
     def loss_of(temperatures: Tensor) -> Tensor:
         return sum(map(temperature_dual, positive(temperatures), values, epsilons(config)))
 
-    gradient = jax.grad(loss_of)(temperatures)
-    temperatures, optimizer = descend(temperatures, optimizer, gradient, config.dual_lr)
-    return bounded(temperatures), optimizer
+    learner = descend(learner, "temperatures", jax.grad(loss_of)(learner.temperatures), config.dual_lr)
+    return learner._replace(temperatures=bounded(learner.temperatures))
 
 
 SOLVERS = {"newton": solve_by_newton, "slsqp": solve_by_slsqp, "adam": solve_by_adam}
@@ -567,28 +560,16 @@ def policy_metrics(
 
 
 # twin: td3_jax sac_jax mpo_jax
-def descend(network: Network, optimizer: optax.OptState, gradient: Network, learning_rate: float):
-    """One step of Adam -> network, optimizer"""
-    changes, optimizer = optax.adam(learning_rate).update(gradient, optimizer)
-    return optax.apply_updates(network, changes), optimizer
-
-
-# twin: sac_jax mpo_jax
-def update_critics(learner: Learner, gradient: Critics, config: Config) -> Learner:
-    critics, optimizer = descend(learner.critics, learner.optimizer.critics, gradient, config.q_lr)
-    return learner._replace(critics=critics, optimizer=learner.optimizer._replace(critics=optimizer))
-
-
-# twin: sac_jax mpo_jax
-def update_actor(learner: Learner, gradient: Network, config: Config) -> Learner:
-    actor, optimizer = descend(learner.actor, learner.optimizer.actor, gradient, config.policy_lr)
-    return learner._replace(actor=actor, optimizer=learner.optimizer._replace(actor=optimizer))
+def descend(learner: Learner, name: str, gradient: Network, learning_rate: float) -> Learner:
+    """One step of Adam on this field of the learner"""
+    changes, optimizer = optax.adam(learning_rate).update(gradient, getattr(learner.optimizer, name))
+    updated = optax.apply_updates(getattr(learner, name), changes)
+    return learner._replace(**{name: updated, "optimizer": learner.optimizer._replace(**{name: optimizer})})
 
 
 def update_multipliers(learner: Learner, gradient: Multipliers, config: Config) -> Learner:
-    multipliers, optimizer = descend(learner.multipliers, learner.optimizer.multipliers, gradient, config.dual_lr)
-    learner = learner._replace(optimizer=learner.optimizer._replace(multipliers=optimizer))
-    return learner._replace(multipliers=bounded(multipliers))
+    learner = descend(learner, "multipliers", gradient, config.dual_lr)
+    return learner._replace(multipliers=bounded(learner.multipliers))
 
 
 # twin: td3_jax mpo_jax
@@ -606,19 +587,15 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
     timed_loss = partial(timed, "loss", timed)
     samples = timed_loss("loss/critic", sample_values, learner, batch, config)
     gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, samples, config)
-    learner = timed("weight_update", update_critics, learner, gradient, config)
-    solve, duals = SOLVERS[config.temperature_solver], (learner.temperatures, learner.optimizer.temperatures)
-    temperatures, optimizer = timed_loss("loss/dual", solve, *duals, samples.values, config)
-    optimizers = learner.optimizer._replace(temperatures=optimizer)
-    learner = learner._replace(temperatures=temperatures, optimizer=optimizers)
+    learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
+    learner = timed_loss("loss/dual", SOLVERS[config.temperature_solver], learner, samples.values, config)
     gradient, policy_loss, policy = timed_loss("loss/actor", actor_gradient, learner, batch, samples, config)
-    learner = timed("weight_update", update_actor, learner, gradient, config)
+    learner = timed("weight_update", descend, learner, "actor", gradient, config.policy_lr)
     gradient, kls = timed("kl", multipliers_gradient, learner, policy, samples, config)
     measures = timed("kl", policy_metrics, learner, policy, samples, kls, config)
-    metrics = Metrics(critics_loss, q_mean, policy_loss, *measures)
     learner = timed("weight_update", update_multipliers, learner, gradient, config)
     learner = timed("target_update", update_targets, learner, config)
-    return learner, metrics
+    return learner, Metrics(critics_loss, q_mean, policy_loss, *measures)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -681,7 +658,7 @@ def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np
     """For these updates of the run, counted from 1"""
     transitions = buffer.sample((len(updates), config.batch_size), rng)
     shape = len(updates), config.num_action_samples, *transitions["actions"].shape[1:]
-    return Batch(**transitions, noise=rng.standard_normal(shape, np.float32))
+    return Batch(**transitions, next_noise=rng.standard_normal(shape, np.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -794,11 +771,11 @@ def new_stopwatch() -> "Stopwatch":
         return (update if config.temperature_solver == "slsqp" else whole)(learner, batch, config, timed)
 
     gradients = critic_gradient, actor_gradient, multipliers_gradient
-    updates = update_critics, update_actor, update_multipliers, update_targets
-    compiled = {f: jax.jit(f, **static, **donated) for f in updates}
-    for function in (sample_values, solve_by_newton, solve_by_adam, *gradients, policy_metrics):
-        compiled[function] = jax.jit(function, **static)
-    return Stopwatch(jax.block_until_ready, compiled | {update: fused})
+    changes = solve_by_newton, solve_by_adam, update_multipliers, update_targets
+    compiled = {update: fused} | {f: jax.jit(f, **static) for f in (sample_values, *gradients, policy_metrics)}
+    compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
+    compiled |= {f: jax.jit(f, **static, **donated) for f in changes}
+    return Stopwatch(jax.block_until_ready, compiled)
 
 
 # twin: sac_jax mpo_jax
@@ -829,10 +806,7 @@ def compiled_policy(actor: Network, observations: np.ndarray, noise: np.ndarray 
     return sample_actions(Gaussian(*actor(observations)), noise).clip(-1, 1)
 
 
-@jax.jit
-def compiled_dual(temperature: float, values: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """-> the dual, its derivative"""
-    return jax.value_and_grad(temperature_dual)(temperature, values, epsilon)
+compiled_dual = jax.jit(jax.value_and_grad(temperature_dual))  # -> the dual, its derivative
 
 
 # twin: td3_jax sac_jax mpo_jax

@@ -455,12 +455,12 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
 
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Batch]:
     """One epoch: each sample once, in the order given; advantages are normalised within each minibatch."""
-    indices = mx.array(permutation)
-    shuffled = Batch(*(mx.unflatten(field[indices], 0, (config.num_minibatches, -1)) for field in batch))
+    indices = mx.array(permutation).reshape(config.num_minibatches, -1)
+    shuffled = Batch(*(field[indices] for field in batch))
     if config.norm_adv:
         advantages = shuffled.advantages  # (M, B / M)
         deviations = advantages - advantages.mean(1, keepdims=True)
-        shuffled = shuffled._replace(advantages=deviations / (mx.std(advantages, 1, keepdims=True, ddof=1) + 1e-8))
+        shuffled = shuffled._replace(advantages=deviations / (advantages.std(1, ddof=1, keepdims=True) + 1e-8))
     return list(map(Batch, *shuffled))
 
 
@@ -608,7 +608,8 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     mx.set_default_device(getattr(mx, auto if config.device == "auto" else config.device))
     mx.random.seed(config.seed)
     agent = Agent(envs.observation_shape, envs.nvec, envs.action_dim, config)
-    vector_to_parameters(weights := parameters_to_vector(agent.parameter_list), agent)
+    weights = parameters_to_vector(agent.parameter_list)
+    vector_to_parameters(weights, agent)
     return Learner(agent, weights, Adam(config.learning_rate, 0, mx.zeros_like(weights), mx.zeros_like(weights)))
 
 
@@ -699,7 +700,8 @@ def from_numpy(learner: Learner, arrays: dict[str, np.ndarray]) -> Learner:
     if "optimizer.step" in arrays:
         moments = (mx.array(arrays[f"optimizer.{name}"], dtype) for name in ("exp_avg", "exp_avg_sq"))
         optimizer = Adam(optimizer.learning_rate, int(arrays["optimizer.step"]), *moments)
-    vector_to_parameters(weights := parameters_to_vector(agent.parameter_list), agent)
+    weights = parameters_to_vector(agent.parameter_list)
+    vector_to_parameters(weights, agent)
     return Learner(agent, weights, optimizer)
 
 

@@ -390,7 +390,7 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
     """Log-probabilities and values of the whole rollout in one call, then advantages and returns."""
     observations, actions, rewards, terminated, truncated, final_observations = to_tensors(agent, *rollout)
     policy, values = agent(observations.flatten(0, 1))
-    values = values.unflatten(0, observations.shape[:2])  # (T + 1, N)
+    values = values.reshape(observations.shape[:2])  # (T + 1, N)
     next_values = values[1:].clone()
     if len(final_observations):
         _, next_values[truncated.bool()] = agent(final_observations)
@@ -404,8 +404,8 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Batch]:
     """One epoch: each sample once, in the order given; advantages are normalised within each minibatch, that of all
     processes together."""
-    indices = torch.from_numpy(permutation).to(batch.values.device)
-    shuffled = Batch(*(field[indices].unflatten(0, (config.num_minibatches, -1)) for field in batch))
+    indices = torch.from_numpy(permutation).to(batch.values.device).reshape(config.num_minibatches, -1)
+    shuffled = Batch(*(field[indices] for field in batch))
     if config.norm_adv:
         advantages = shuffled.advantages  # (M, B / M)
         deviations = advantages - mean_over_processes(advantages.mean(1, keepdim=True))

@@ -210,6 +210,7 @@ class Critic(nn.Module):
         return mlp(jnp.concatenate([observations, actions], -1), *self.hidden_sizes, 1).squeeze(-1)
 
 
+# twin: td3_jax sac_jax
 def mlp(x: Tensor, *sizes: int) -> Tensor:
     """Linear layers with ReLU between them. Weights begin uniform in ±1/√inputs, biases 0."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -253,7 +254,7 @@ class Metrics(NamedTuple):
     """losses/… of the record, of one update () or of several (U,)"""
 
     critic_loss: Tensor
-    q_mean: Tensor  # of both critics
+    q_mean: Tensor  # of all critics
     actor_loss: Tensor
     entropy: Tensor  # -mean log π(â|s)
     alpha_loss: Tensor
@@ -349,27 +350,11 @@ def alpha_gradient(learner: Learner, batch: Batch, log_probs: Tensor) -> tuple[T
 
 
 # twin: td3_jax sac_jax mpo_jax
-def descend(network: Network, optimizer: optax.OptState, gradient: Network, learning_rate: float):
-    """One step of Adam -> network, optimizer"""
-    changes, optimizer = optax.adam(learning_rate).update(gradient, optimizer)
-    return optax.apply_updates(network, changes), optimizer
-
-
-# twin: sac_jax mpo_jax
-def update_critics(learner: Learner, gradient: Critics, config: Config) -> Learner:
-    critics, optimizer = descend(learner.critics, learner.optimizer.critics, gradient, config.q_lr)
-    return learner._replace(critics=critics, optimizer=learner.optimizer._replace(critics=optimizer))
-
-
-# twin: sac_jax mpo_jax
-def update_actor(learner: Learner, gradient: Network, config: Config) -> Learner:
-    actor, optimizer = descend(learner.actor, learner.optimizer.actor, gradient, config.policy_lr)
-    return learner._replace(actor=actor, optimizer=learner.optimizer._replace(actor=optimizer))
-
-
-def update_alpha(learner: Learner, gradient: Tensor, config: Config) -> Learner:
-    log_alpha, optimizer = descend(learner.log_alpha, learner.optimizer.log_alpha, gradient, config.q_lr)
-    return learner._replace(log_alpha=log_alpha, optimizer=learner.optimizer._replace(log_alpha=optimizer))
+def descend(learner: Learner, name: str, gradient: Network, learning_rate: float) -> Learner:
+    """One step of Adam on this field of the learner"""
+    changes, optimizer = optax.adam(learning_rate).update(gradient, getattr(learner.optimizer, name))
+    updated = optax.apply_updates(getattr(learner, name), changes)
+    return learner._replace(**{name: updated, "optimizer": learner.optimizer._replace(**{name: optimizer})})
 
 
 def update_targets(learner: Learner, config: Config) -> Learner:
@@ -383,12 +368,12 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
     """
     timed_loss = partial(timed, "loss", timed)
     gradient, critics_loss, q_mean, alpha = timed_loss("loss/critic", critic_gradient, learner, batch, config)
-    learner = timed("weight_update", update_critics, learner, gradient, config)
+    learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
     gradient, policy_loss, log_probs, entropy = timed_loss("loss/actor", actor_gradient, learner, batch, config)
-    learner = timed("weight_update", update_actor, learner, gradient, config)
+    learner = timed("weight_update", descend, learner, "actor", gradient, config.policy_lr)
     if config.autotune:
         gradient, temperature_loss = timed_loss("loss/alpha", alpha_gradient, learner, batch, log_probs)
-        learner = timed("weight_update", update_alpha, learner, gradient, config)
+        learner = timed("weight_update", descend, learner, "log_alpha", gradient, config.q_lr)
     else:
         temperature_loss = 0 * policy_loss
     learner = timed("target_update", update_targets, learner, config)
@@ -561,8 +546,8 @@ def new_stopwatch() -> "Stopwatch":
         alpha_gradient: jax.jit(alpha_gradient),
     }
     compiled |= {f: jax.jit(f, **static) for f in (critic_gradient, actor_gradient)}
-    updates = update_critics, update_actor, update_alpha, update_targets
-    compiled |= {f: jax.jit(f, **static, **donated) for f in updates}
+    compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
+    compiled[update_targets] = jax.jit(update_targets, **static, **donated)
     return Stopwatch(jax.block_until_ready, compiled)
 
 

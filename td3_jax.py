@@ -209,8 +209,9 @@ class Critic(nn.Module):
         return mlp(jnp.concatenate([observations, actions], -1), *self.hidden_sizes, 1).squeeze(-1)
 
 
+# twin: td3_jax sac_jax
 def mlp(x: Tensor, *sizes: int) -> Tensor:
-    """Linear layers with ReLU between them; weights uniform in ±1/√inputs, as in the paper's code, and biases 0."""
+    """Linear layers with ReLU between them. Weights begin uniform in ±1/√inputs, biases 0."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     for i, size in enumerate(sizes[:-1]):
         x = nn.relu(nn.Dense(size, kernel_init=uniform, name=f"{2 * i}")(x))  # torch's names, which count the ReLU too
@@ -228,7 +229,7 @@ class Batch(NamedTuple):
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
     next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated, unused where it terminated
-    noise: np.ndarray  # (U, B, A) on the target actions, not clipped yet
+    next_noise: np.ndarray  # (U, B, A) on the target actions, not clipped yet
     is_delayed: np.ndarray  # (U,): the policy and the targets move too
 
 
@@ -251,7 +252,7 @@ class Metrics(NamedTuple):
     """losses/… of the record, of one update () or of several (U,)"""
 
     critic_loss: Tensor
-    q_mean: Tensor  # of both critics
+    q_mean: Tensor  # of all critics
     actor_loss: Tensor  # NaN where the policy did not move
 
 
@@ -290,7 +291,7 @@ def polyak(target: Network, network: Network, tau: float) -> Network:
 
 def critic_gradient(learner: Learner, batch: Batch, config: Config) -> tuple[Critics, Tensor, Tensor]:
     """-> gradient of the critics' loss, the loss, mean Q"""
-    actions = smoothed_actions(learner.target_actor(batch.next_observations), batch.noise, config.noise_clip)
+    actions = smoothed_actions(learner.target_actor(batch.next_observations), batch.next_noise, config.noise_clip)
     next_q = learner.target_critics(batch.next_observations, actions)
     targets = critic_targets(batch.rewards, batch.terminated, next_q, config.gamma)
 
@@ -314,20 +315,11 @@ def actor_gradient(learner: Learner, batch: Batch) -> tuple[Network, Tensor]:
 
 
 # twin: td3_jax sac_jax mpo_jax
-def descend(network: Network, optimizer: optax.OptState, gradient: Network, learning_rate: float):
-    """One step of Adam -> network, optimizer"""
-    changes, optimizer = optax.adam(learning_rate).update(gradient, optimizer)
-    return optax.apply_updates(network, changes), optimizer
-
-
-def update_critics(learner: Learner, gradient: Critics, config: Config) -> Learner:
-    critics, optimizer = descend(learner.critics, learner.optimizer.critics, gradient, config.learning_rate)
-    return learner._replace(critics=critics, optimizer=learner.optimizer._replace(critics=optimizer))
-
-
-def update_actor(learner: Learner, gradient: Network, config: Config) -> Learner:
-    actor, optimizer = descend(learner.actor, learner.optimizer.actor, gradient, config.learning_rate)
-    return learner._replace(actor=actor, optimizer=learner.optimizer._replace(actor=optimizer))
+def descend(learner: Learner, name: str, gradient: Network, learning_rate: float) -> Learner:
+    """One step of Adam on this field of the learner"""
+    changes, optimizer = optax.adam(learning_rate).update(gradient, getattr(learner.optimizer, name))
+    updated = optax.apply_updates(getattr(learner, name), changes)
+    return learner._replace(**{name: updated, "optimizer": learner.optimizer._replace(**{name: optimizer})})
 
 
 # twin: td3_jax mpo_jax
@@ -344,11 +336,11 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
     """
     timed_loss = partial(timed, "loss", timed)
     gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, config)
-    learner = timed("weight_update", update_critics, learner, gradient, config)
+    learner = timed("weight_update", descend, learner, "critics", gradient, config.learning_rate)
 
     def delayed(learner: Learner) -> tuple[Learner, Tensor]:
         gradient, loss = timed_loss("loss/actor", actor_gradient, learner, batch)
-        learner = timed("weight_update", update_actor, learner, gradient, config)
+        learner = timed("weight_update", descend, learner, "actor", gradient, config.learning_rate)
         return timed("target_update", update_targets, learner, config), loss
 
     learner, policy_loss = when(batch.is_delayed, delayed, learner, critics_loss.dtype)
@@ -413,9 +405,9 @@ def num_updates(step: int, config: Config) -> int:
 def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np.random.Generator) -> Batch:
     """For these updates of the run, counted from 1"""
     transitions = buffer.sample((len(updates), config.batch_size), rng)
-    noise = config.policy_noise * rng.standard_normal(transitions["actions"].shape, np.float32)
+    next_noise = config.policy_noise * rng.standard_normal(transitions["actions"].shape, np.float32)
     is_delayed = np.array(updates) % config.policy_frequency == 0
-    return Batch(**transitions, noise=noise, is_delayed=is_delayed)
+    return Batch(**transitions, next_noise=next_noise, is_delayed=is_delayed)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -519,7 +511,8 @@ def new_stopwatch() -> "Stopwatch":
         critic_gradient: jax.jit(critic_gradient, **static),
         actor_gradient: jax.jit(actor_gradient),
     }
-    compiled |= {f: jax.jit(f, **static, **donated) for f in (update_critics, update_actor, update_targets)}
+    compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
+    compiled[update_targets] = jax.jit(update_targets, **static, **donated)
     return Stopwatch(jax.block_until_ready, compiled)
 
 

@@ -131,13 +131,12 @@ def test_every_solver_reaches_the_minimum(solver, kind):
     config = configured(mpo_jax, temperature_solver=solver, epsilon=0.2, epsilon_penalty=0.02)
     with jax.enable_x64(True):
         learner = learner_of(config)
-        before = learner.temperatures, learner.optimizer.temperatures
         solve = partial(mpo_jax.SOLVERS[solver], values=jnp.array(values), config=config)
-        once = solve(*before)
+        once = solve(learner)
         if solver == "adam":
-            np.testing.assert_allclose(abs(once[0] - before[0]), config.dual_lr, rtol=1e-3)
-            once = jax.jit(lambda duals: jax.lax.fori_loop(0, 20_000, lambda _, duals: solve(*duals), duals))(before)
-        found = mpo_jax.positive(once[0])
+            np.testing.assert_allclose(abs(once.temperatures - learner.temperatures), config.dual_lr, rtol=1e-3)
+            once = jax.jit(lambda learner: jax.lax.fori_loop(0, 20_000, lambda _, now: solve(now), learner))(learner)
+        found = mpo_jax.positive(once.temperatures)
         expected = grid_minimum(values[0], 0.2), grid_minimum(values[1], 0.02)
         np.testing.assert_allclose(found, expected, rtol={"newton": 1e-4, "slsqp": 1e-2, "adam": 1e-2}[solver])
 
@@ -146,11 +145,10 @@ def test_every_solver_reaches_the_minimum(solver, kind):
 def test_solvers_stay_finite_and_above_the_floor(solver):
     config = configured(mpo_jax, temperature_solver=solver, dual_lr=10.0)
     learner = mpo_jax.new_learner(sizes(), config)
-    duals = learner.temperatures, learner.optimizer.temperatures
     for values in (np.zeros((20, 16)), 1e5 * np.ones((20, 16)), 1e4 * values_like("of one scale")[:, :16]):
         for _ in range(3):
-            duals = mpo_jax.SOLVERS[solver](*duals, jnp.float32([values, values]), config)
-            temperatures = np.asarray(mpo_jax.positive(duals[0]))
+            learner = mpo_jax.SOLVERS[solver](learner, jnp.float32([values, values]), config)
+            temperatures = np.asarray(mpo_jax.positive(learner.temperatures))
             assert np.isfinite(temperatures).all() and (temperatures > 0.99 * mpo_jax.MIN_DUAL).all()
 
 
@@ -266,7 +264,7 @@ def test_samples_are_of_the_target_networks(num_critics, action_penalty):
     means, stds = learner.target_actor(batch.next_observations)
     assert samples.actions.shape == (7, 16, 2) and samples.values.shape == (1 + action_penalty, 7, 16)
     for j in range(7):
-        actions = means + stds * batch.noise[j]
+        actions = means + stds * batch.next_noise[j]
         np.testing.assert_allclose(samples.actions[j], actions, rtol=1e-5, atol=1e-6)
         q = learner.target_critics(batch.next_observations, actions.clip(-1, 1))
         assert q.shape == (num_critics, 16)
@@ -462,12 +460,9 @@ def improved(config, scale: float, steps: int) -> tuple[Learner, jax.Array, np.n
         noise = jax.random.normal(key, (config.num_action_samples, *states.shape))
         batch = mpo_jax.Batch(states, states, None, None, states, noise)
         samples = mpo_jax.sample_values(learner, batch, config)
-        duals = learner.temperatures, learner.optimizer.temperatures
-        temperatures, optimizer = mpo_jax.SOLVERS[config.temperature_solver](*duals, samples.values, config)
-        optimizers = learner.optimizer._replace(temperatures=optimizer)
-        learner = learner._replace(temperatures=temperatures, optimizer=optimizers)
+        learner = mpo_jax.SOLVERS[config.temperature_solver](learner, samples.values, config)
         gradient, _, policy = mpo_jax.actor_gradient(learner, batch, samples, config)
-        learner = mpo_jax.update_actor(learner, gradient, config)
+        learner = mpo_jax.descend(learner, "actor", gradient, config.policy_lr)
         gradient, kls = mpo_jax.multipliers_gradient(learner, policy, samples, config)
         learner = mpo_jax.update_multipliers(learner, gradient, config)
         return mpo_jax.update_targets(learner, config), jnp.stack([kls.mean.mean(), kls.cov.mean()])

@@ -412,7 +412,7 @@ HEAVY = {
     "sample": "sample_batch",
     "loss/critic": "critic_gradient",
     "loss/actor": "actor_gradient",
-    "weight_update": "update_critics",
+    "weight_update": "descend",
     "target_update": "update_targets",
 }
 
