@@ -1054,6 +1054,8 @@ class Run:
             raise BadInput(f"--resume {self.directory}: {what}; {why}")
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
+        path = self.directory / "config.json"
+        before = path.read_text() if config.resume else None
         write_config(self.directory, config, self.run_id)
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
@@ -1074,8 +1076,9 @@ class Run:
         try:
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
-            if not config.resume:
-                (self.directory / "config.json").unlink()  # the same command may be tried again
+            path.unlink()  # the same command may be tried again
+            if before:
+                path.write_text(before)
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
         self.wandb.define_metric("*", step_metric="global_step")
         self.log, self.unwritten = self.wandb.log, deque()
@@ -1382,7 +1385,7 @@ def directory_of_run(config: Config) -> tuple[Path, str]:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def write_config(directory: Path, config: Config, run_id: str) -> None:
-    """Of a resumed run with what changed, once nothing refuses it: the next --resume needs no other flag either"""
+    """Of a resumed run with what changed: the next --resume needs no other flag either"""
     text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
     part = directory / "config.part"
     try:

@@ -358,6 +358,17 @@ def test_a_resumed_run_refuses_other_flags(flags, finished, tmp_path):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_a_resumed_run_that_wandb_refuses_keeps_its_config(finished, monkeypatch):
+    before = (finished / "config.json").read_text()
+
+    def refuse(*_, **__):
+        raise ppo_torch.wandb.Error("no such project")
+
+    monkeypatch.setattr(ppo_torch.wandb, "init", refuse)
+    assert_refused(main("--resume", finished, "--total-timesteps", "6400"), "no such project")
+    assert (finished / "config.json").read_text() == before
+
+
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
