@@ -121,7 +121,7 @@ ROWS = {
     "swingup": Row(
         "--env-id dm_control/cartpole-swingup-v0 --total-timesteps 250000",
         5,
-        "TD3 about 470, SAC about 770 [3], MPO 851 ± 15 [6] at 250k",
+        "TD3 about 470, SAC about 770, MPO about 740 at 250k [3]",
         (*OFF_POLICY, *MPO),
         "evaluation_return_last_5",
     ),
