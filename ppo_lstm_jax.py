@@ -1777,9 +1777,10 @@ class Run:
         try:
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
-            path.unlink()  # the same command may be tried again
             if before:
                 path.write_text(before)
+            else:
+                path.unlink()  # the same command may be tried again
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
         self.wandb.define_metric("*", step_metric="global_step")
         self.log, self.unwritten = self.wandb.log, deque()

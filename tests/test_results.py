@@ -26,6 +26,19 @@ def test_speed_tables_in_the_readme_are_those_of_the_records():
             assert speed.markdown_table(speed.read(speed.recorded(name)), references) in README
 
 
+def test_the_speed_in_the_opening_is_that_of_the_records():
+    rows = speed.read(speed.recorded("ppo"))
+    speeds = {(row.repeat, row.contestant): row.steps_per_second for row in rows}
+    ratios = {
+        name: statistics.median(speeds[row.repeat, name] / speeds[row.repeat, "SB3"] for row in rows)
+        for name in ("`ppo_torch.py`", "`ppo_jax.py`", "`ppo_jax.py`, gymnax")
+    }
+    torch, jax, gymnax = ratios.values()
+    opening = " ".join(README.split("| script |")[0].split())
+    assert f"{torch:.1f} (PyTorch) and {jax:.1f} (JAX) times as fast" in opening
+    assert f"and {gymnax:.0f} times where the environments are in JAX too" in opening
+
+
 def test_speed_ratios_compare_neighbours_in_time(tmp_path):
     rows = [(0, "a peer", 100.0), (0, "alone", 200.0), (0, "`ours`", 200.0)]
     rows = [speed.Row(*row) for row in (*rows, (1, "a peer", 50.0), (1, "alone", 500.0), (1, "`ours`", 150.0))]
