@@ -11,15 +11,12 @@ is the whole run after compilation, with recording and timing at their defaults,
 are XLA's host devices, which share the machine's cores. Memory is the largest resident set of the whole process.
 """
 
-import csv
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +25,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import files  # noqa: E402
 from benchmarks.speed import SUITES, measure_ours  # noqa: E402
 
 SB3_STEPS = 100_000
@@ -100,17 +98,12 @@ def record(config: Config) -> None:
             *which, steps = contestant
             rows.append(Row(repeat, *which, bool(steps), round(speed), round(mebibytes)))
             print(*rows[-1], file=sys.stderr)
-    versions = " ".join(f"{name} {version(name)}" for name in VERSIONS)
     command = f"python benchmarks/gymnax_speed.py --repeats {config.repeats}"
-    with open(config.output, "w", newline="") as file:
-        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
-        csv.writer(file).writerows([Row._fields, *rows])
+    files.save(config.output, command, VERSIONS, Row._fields, rows)
 
 
 def recorded(path: Path) -> list[Row]:
-    lines = path.read_text().splitlines()
-    rows = list(csv.reader(lines[1:]))[1:]
-    return [Row(*map(int, row[:4]), row[4] == "True", *map(int, row[5:])) for row in rows]
+    return [Row(*map(int, row[:4]), row[4] == "True", *map(int, row[5:])) for row in files.load(path)]
 
 
 def markdown_table(rows: list[Row]) -> str:

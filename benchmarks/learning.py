@@ -144,7 +144,7 @@ ROWS = {
     "mpo_walker": Row(
         "--env-id dm_control/walker-walk-v0 --total-timesteps 250000",
         2,
-        "769 ± 136 at 250k [6]",
+        "",
         MPO,
         "evaluation_return_last_5",
     ),

@@ -11,8 +11,6 @@ is, with evaluations and checkpoints often. "Compilations" counts what JAX compi
 
 import contextlib
 import csv
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import files  # noqa: E402
 from compare import SCRIPT_COLOURS  # noqa: E402
 
 RESULTS, FIGURE = ROOT / "results" / "long_runs.csv", ROOT / "images" / "long_runs.png"
@@ -133,20 +132,17 @@ def draw(runs: dict[str, list[Sample]]) -> Figure:
 
 def read() -> dict[str, list[Sample]]:
     runs: dict[str, list[Sample]] = {}
-    for script, *values in list(csv.reader(RESULTS.read_text().splitlines()[1:]))[1:] if RESULTS.exists() else ():
+    for script, *values in files.load(RESULTS) if RESULTS.exists() else ():
         runs.setdefault(script, []).append(Sample(*map(float, values)))
     return runs
 
 
 def write(runs: dict[str, list[Sample]], jobs: int) -> None:
-    with open(RESULTS, "w", newline="") as file:
-        print(
-            f"# python benchmarks/long_runs.py --jobs {jobs}; {platform.machine()}, {os.cpu_count()} cores", file=file
-        )
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["script", *Sample._fields])
-        for script in filter(runs.get, SCRIPT_COLOURS):
-            writer.writerows([script, *(f"{x:g}" for x in sample)] for sample in runs[script])
+    rows = [
+        (script, *(f"{x:g}" for x in sample)) for script in filter(runs.get, SCRIPT_COLOURS) for sample in runs[script]
+    ]
+    command = f"python benchmarks/long_runs.py --jobs {jobs}"
+    files.save(RESULTS, command, ("torch", "jax", "mlx", "wandb"), ("script", *Sample._fields), rows)
 
 
 def main() -> None:

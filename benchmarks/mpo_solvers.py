@@ -11,14 +11,10 @@ second half of the run counts. Returns: the rows mpo_pendulum_... of benchmarks/
 """
 
 import contextlib
-import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -29,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import compare  # noqa: E402
 import mpo_jax  # noqa: E402
-from benchmarks import learning  # noqa: E402
+from benchmarks import files, learning  # noqa: E402
 from benchmarks.speed import measure_ours  # noqa: E402
 
 
@@ -113,21 +109,16 @@ def main(config: Config) -> None:
             (name, "mean distance", "", f"{np.mean(values):.3e}"),
             (name, "largest distance", "", f"{max(values):.3e}"),
         ]
-    versions = " ".join(f"{name} {version(name)}" for name in ("jax", "scipy", "optax", "gymnasium", "numpy"))
     flags = f"--repeats {config.repeats} --steps {config.steps} --updates {config.updates}"
-    with open(config.output, "w", newline="") as file:
-        print(
-            f"# python benchmarks/mpo_solvers.py {flags}; {versions}; {platform.machine()}, {os.cpu_count()} cores",
-            file=file,
-        )
-        csv.writer(file).writerows([("solver", "quantity", "repeat", "value"), *rows])
+    packages, header = ("jax", "scipy", "optax", "gymnasium", "numpy"), ("solver", "quantity", "repeat", "value")
+    files.save(config.output, f"python benchmarks/mpo_solvers.py {flags}", packages, header, rows)
     print(markdown_table(*read(config.output)))
 
 
 def read(path: Path) -> tuple[dict[str, list[float]], dict[str, tuple[float, float]]]:
     """The arguments of `markdown_table` from the file"""
     found: dict[tuple[str, str], list[float]] = {}
-    for solver, quantity, _, value in list(csv.reader(path.read_text().splitlines()[1:]))[1:]:
+    for solver, quantity, _, value in files.load(path):
         found.setdefault((solver, quantity), []).append(float(value))
     seconds = {solver: values for (solver, quantity), values in found.items() if quantity == "seconds"}
     return seconds, {name: (*found[name, "mean distance"], *found[name, "largest distance"]) for name in seconds}

@@ -8,22 +8,19 @@ turns, and each ratio compares runs of the same turn. Steps per second are those
 first row: everything but compilation, evaluations and checkpoints.
 """
 
-import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.speed import recorded_rows  # noqa: E402
+from benchmarks import files  # noqa: E402
+from benchmarks.records import config_and_rows  # noqa: E402
 
 SCRIPTS = ("vpg_torch.py", "ppo_torch.py")
 ENVIRONMENTS = ("CartPole-v1", "HalfCheetah-v5")
@@ -42,7 +39,7 @@ def measure(script: str, env_id: str, processes: int, total_timesteps: int) -> f
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launcher, script, *flags, "--vectorization", "sync", "--run-dir", f"{folder}/run"]
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
-        rows = [row for row in recorded_rows(Path(folder) / "run") if "charts/SPS" in row]
+        rows = [row for row in config_and_rows(Path(folder) / "run")[1] if "charts/SPS" in row]
     steps = [row["global_step"] for row in rows]
     seconds = [(end - start) / row["charts/SPS"] for start, end, row in zip(steps, steps[1:], rows[1:], strict=False)]
     return (steps[-1] - steps[0]) / sum(seconds)
@@ -62,6 +59,11 @@ def markdown_table(rows: list[tuple[int, str, str, int, int]]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[tuple[int, str, str, int, int]]:
+    rows = files.load(path)
+    return [(int(repeat), *names, int(processes), int(speed)) for repeat, *names, processes, speed in rows]
+
+
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
     rows = []
@@ -72,10 +74,7 @@ if __name__ == "__main__":
                     speed = measure(script, env_id, processes, config.total_timesteps)
                     rows.append((repeat, script, env_id, processes, round(speed)))
                     print(*rows[-1], file=sys.stderr)
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
     command = f"python benchmarks/processes.py --repeats {config.repeats} --total-timesteps {config.total_timesteps}"
-    with open(config.output, "w", newline="") as file:
-        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
-        header = "repeat", "script", "environment", "processes", "steps_per_second"
-        csv.writer(file).writerows([header, *rows])
+    header = "repeat", "script", "environment", "processes", "steps_per_second"
+    files.save(config.output, command, ("torch", "gymnasium", "numpy"), header, rows)
     print(markdown_table(rows))

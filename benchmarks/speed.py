@@ -11,11 +11,8 @@ the number of torch's threads that is its fastest: one for the small networks of
 The environments alone are those of the suite on the host, with random actions.
 """
 
-import csv
 import importlib
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +28,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import files  # noqa: E402
+from benchmarks.records import config_and_rows  # noqa: E402
+
 PEERS = ("stable-baselines3", "sb3-contrib", "sbx-rl")
 VERSIONS = (*PEERS, "torch", "jax", "mlx", "gymnax", "gymnasium", "mujoco", "numpy")
 LEARNING_STARTS = 1000  # of the off-policy algorithms, which are measured from there on
@@ -75,7 +74,7 @@ def measure_ours(script: str, steps: int, **flags) -> float:
         run_dir = Path(folder) / "run"
         steps += learning_starts
         module.train(module.Config(total_timesteps=steps, eval_episodes=0, run_dir=str(run_dir), **flags))
-        rows = recorded_rows(run_dir / "seed_0" if (run_dir / "seed_0").exists() else run_dir)
+        _, rows = config_and_rows(run_dir / "seed_0" if (run_dir / "seed_0").exists() else run_dir)
     step = iteration = counted_steps = 0
     seconds = 0.0
     for row in rows:
@@ -89,16 +88,6 @@ def measure_ours(script: str, steps: int, **flags) -> float:
         if is_counted:
             seconds += row.get("times/checkpoint", 0) + row.get("times/probe", 0)
     return counted_steps / seconds
-
-
-def recorded_rows(run_dir: Path) -> list[dict]:
-    """What a run gave W&B, read once its record has an end"""
-    (record,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record]
-    lines = []
-    while not any('"type":"exit"' in line for line in lines):  # W&B may still be writing
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [json.loads(line)["history"]["item"] for line in lines if '"type":"history"' in line]
 
 
 class Suite(NamedTuple):
@@ -148,6 +137,13 @@ def recurrent_ppo() -> Suite:
     return Suite("recurrent PPO on CartPole-v1, 8 environments, LSTMs of 64", 100_000, 20_000, references, ours)
 
 
+def vpg() -> Suite:  # which no peer has
+    task = "CartPole-v1", 4
+    references = {ENVIRONMENTS: partial(measure_environments, *task)}
+    ours = {"`vpg_torch.py`": partial(measure_ours, "vpg_torch")}
+    return Suite("VPG on CartPole-v1, 4 environments, 64-64", 100_000, 20_000, references, ours)
+
+
 def off_policy(algorithm: str, *scripts: str) -> Suite:
     task = "HalfCheetah-v5", 1
     peer = partial(measure_peer, env_id=task[0], num_envs=task[1], threads=os.cpu_count(), **OFF_POLICY)
@@ -162,13 +158,13 @@ def off_policy(algorithm: str, *scripts: str) -> Suite:
     return Suite(title, 10_000, 1000, references, ours)
 
 
-SUITES = {"ppo": ppo, "recurrent_ppo": recurrent_ppo, "td3": partial(off_policy, "TD3", "td3_jax")}
+SUITES = {"ppo": ppo, "recurrent_ppo": recurrent_ppo, "vpg": vpg, "td3": partial(off_policy, "TD3", "td3_jax")}
 SUITES |= {"sac": partial(off_policy, "SAC", "sac_jax", "mpo_jax")}  # MPO, which no peer has, beside their SAC
 
 
 @dataclass(frozen=True)
 class Config:
-    suites: tuple[Literal["ppo", "recurrent_ppo", "td3", "sac"], ...] = tuple(SUITES)  # what to measure
+    suites: tuple[Literal["ppo", "recurrent_ppo", "vpg", "td3", "sac"], ...] = tuple(SUITES)  # what to measure
     repeats: int = 5  # turns
     steps: int | None = None  # of a measurement; None: as many as a suite is made for
     quick: bool = False  # one turn of a few steps; nothing is written
@@ -190,10 +186,11 @@ def main(config: Config) -> None:
         suite = SUITES[name]()
         steps = config.steps or (suite.quick_steps if config.quick else suite.steps)
         rows = in_turns(name, suite, 1 if config.quick else config.repeats, steps)
+        print(f"{suite.title}\n\n{markdown_table(rows, list(suite.references))}\n")
         if not config.quick:
             flags = f"--suites {name} --repeats {config.repeats} --steps {steps}"
-            write(rows, recorded(name), f"python benchmarks/speed.py {flags}")
-        print(f"{suite.title}\n\n{markdown_table(rows, list(suite.references))}\n")
+            files.save(recorded(name), f"python benchmarks/speed.py {flags}", VERSIONS, Row._fields, rows)
+            print(f"{files.caption(recorded(name))}\n")
 
 
 def in_turns(name: str, suite: Suite, repeats: int, steps: int) -> list[Row]:
@@ -212,16 +209,8 @@ def recorded(name: str) -> Path:
     return ROOT / "results" / f"speed_{name}.csv"
 
 
-def write(rows: list[Row], path: Path, command: str) -> None:
-    versions = " ".join(f"{name} {version(name)}" for name in VERSIONS)
-    with open(path, "w", newline="") as file:
-        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
-        csv.writer(file).writerows([Row._fields, *rows])
-
-
 def read(path: Path) -> list[Row]:
-    rows = list(csv.reader(path.read_text().splitlines()[1:]))[1:]
-    return [Row(int(repeat), contestant, float(speed)) for repeat, contestant, speed in rows]
+    return [Row(int(repeat), contestant, float(speed)) for repeat, contestant, speed in files.load(path)]
 
 
 def markdown_table(rows: list[Row], references: list[str]) -> str:

@@ -9,15 +9,11 @@ wherever the program first needs a number. ppo_jax.py has JAX wait on a CPU, whe
 """
 
 import contextlib
-import csv
 import importlib
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +22,9 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import files  # noqa: E402
+
 SCRIPTS = ("ppo_torch", "ppo_jax", "ppo_mlx")
 PHASES = ("gae", "shuffle", "loss", "kl", "weight_update", "other")
 
@@ -71,16 +70,16 @@ def markdown_table(found: dict[tuple[str, str, str], float]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> dict[tuple[str, str, str], float]:
+    return {(script, phase, clock): float(ms) for script, phase, clock, ms in files.load(path)}
+
+
 def main(config: Config) -> None:
-    sys.path.insert(0, str(ROOT))
     jax.devices()  # asynchronous, as JAX makes its CPU; the script comes too late to choose otherwise
     found = {(script, *key): ms for script in SCRIPTS for key, ms in measure(script, config.iterations).items()}
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "jax", "mlx"))
-    with open(config.output, "w", newline="") as file:
-        command = f"python benchmarks/unfenced.py --iterations {config.iterations}"
-        print(f"# {command}; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
-        rows = [(*key, round(ms, 4)) for key, ms in found.items()]
-        csv.writer(file).writerows([("script", "phase", "clock", "milliseconds"), *rows])
+    command = f"python benchmarks/unfenced.py --iterations {config.iterations}"
+    rows = [(*key, round(ms, 4)) for key, ms in found.items()]
+    files.save(config.output, command, ("torch", "jax", "mlx"), ("script", "phase", "clock", "milliseconds"), rows)
     print(markdown_table(found))
 
 

@@ -6,22 +6,19 @@ CartPole-v1, 4 environments x 128 steps, 4 epochs of 4 minibatches, two hidden l
 over iterations that run phase by phase, and of the same updates run fused. Each contestant is a process of its own.
 """
 
-import csv
 import importlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks import files  # noqa: E402
 from benchmarks.unfenced import ready  # noqa: E402
 
 CONTESTANTS = ("ppo_torch", "ppo_torch --num-threads 2", "ppo_torch --compile", "ppo_jax", "ppo_mlx")
@@ -63,6 +60,10 @@ def markdown_table(rows: list[tuple[str, int, str, float]]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[tuple[str, int, str, float]]:
+    return [(name, int(width), phase, float(ms)) for name, width, phase, ms in files.load(path)]
+
+
 def main(config: Config) -> None:
     if config.only:
         print(json.dumps([measure(config.only, *item) for item in WIDTHS.items()]))
@@ -73,10 +74,8 @@ def main(config: Config) -> None:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for width, found in zip(WIDTHS, json.loads(output.splitlines()[-1]), strict=True):
             rows += [(contestant, width, phase, round(found[phase], 3)) for phase in PHASES]
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "jax", "mlx"))
-    with open(config.output, "w", newline="") as file:
-        print(f"# python benchmarks/widths.py; {versions}; {platform.machine()}, {os.cpu_count()} cores", file=file)
-        csv.writer(file).writerows([("contestant", "width", "phase", "milliseconds"), *rows])
+    header = "contestant", "width", "phase", "milliseconds"
+    files.save(config.output, "python benchmarks/widths.py", ("torch", "jax", "mlx"), header, rows)
     print(markdown_table(rows))
 
 

@@ -9,7 +9,6 @@ is left out with a word. Faults that need no process of their own run in this on
 """
 
 import contextlib
-import csv
 import dataclasses
 import importlib
 import io
@@ -17,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -44,6 +42,7 @@ import pytest  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import compare  # noqa: E402
+from benchmarks import files  # noqa: E402
 from tests.test_reliability import (  # noqa: E402
     DAMAGES,
     Outcome,
@@ -956,8 +955,7 @@ def run(script: Script, a_fault: Fault, times: int, rng: random.Random) -> Row:
 def read() -> list[Row]:
     if not RESULTS.exists():
         return []
-    rows = list(csv.reader(RESULTS.read_text().splitlines()[1:]))
-    return [Row(*names, int(tried), int(held)) for *names, tried, held in rows[1:]]
+    return [Row(*names, int(tried), int(held)) for *names, tried, held in files.load(RESULTS)]
 
 
 def write(rows: list[Row]) -> None:
@@ -965,14 +963,8 @@ def write(rows: list[Row]) -> None:
     kept = {(row.script, row.fault): row for row in [*read(), *rows] if row.tried}
     order = {name: n for n, name in enumerate([*SCRIPTS, *(a_fault.name for a_fault in FAULTS)])}
     known = [row for row in kept.values() if row.fault in order]
-    with open(RESULTS, "w", newline="") as file:
-        print(
-            f"# python tests/faults.py --whole; {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            file=file,
-        )
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(sorted(known, key=lambda row: (order[row.script], order[row.fault])))
+    rows = sorted(known, key=lambda row: (order[row.script], order[row.fault]))
+    files.save(RESULTS, "python tests/faults.py --whole", ("torch", "jax", "mlx", "wandb"), Row._fields, rows)
 
 
 def markdown_table(rows: list[Row]) -> str:

@@ -14,8 +14,8 @@ from matplotlib.image import imread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compare
+from benchmarks.records import whole
 from compare import Histogram, Run
-from tests.records import whole
 
 SCRIPT = Path(compare.__file__)
 CONFIG = {

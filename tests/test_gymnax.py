@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import ppo_jax
+from benchmarks.records import config_and_rows
 from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
 from tests.gymnax_environments import ENDS
-from tests.records import config_and_rows
 from tests.test_ppo_torch import PHASES, assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,

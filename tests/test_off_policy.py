@@ -19,8 +19,8 @@ import pytest
 import mpo_jax
 import sac_jax
 import td3_jax
+from benchmarks.records import config_and_rows
 from tests.backends import unfinished_zero
-from tests.records import config_and_rows
 from tests.test_ppo_torch import assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,

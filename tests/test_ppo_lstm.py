@@ -24,6 +24,7 @@ from scipy.special import expit, log_softmax
 
 import ppo_jax
 import ppo_lstm_jax
+from benchmarks.records import config_and_rows
 from ppo_lstm_jax import (
     Batch,
     Config,
@@ -43,7 +44,6 @@ from ppo_lstm_jax import (
 )
 from tests.backends import double_precision, doubled
 from tests.gymnax_environments import ENDS
-from tests.records import config_and_rows
 from tests.test_ppo_torch import PHASES, assert_times_add_up, call, slow_gae, watched_clock
 from tests.test_reliability import (
     BAD_INPUT,

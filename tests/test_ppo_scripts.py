@@ -19,8 +19,8 @@ import ppo_jax
 import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
+from benchmarks.records import config_and_rows
 from tests.backends import unfinished_zero
-from tests.records import config_and_rows
 from tests.test_ppo_torch import PHASES, assert_times_add_up, watched_clock
 from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, assert_resumes_to_the_bit
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
 import ppo_torch
+from benchmarks.records import config_and_rows
 from ppo_torch import (
     Agent,
     Batch,
@@ -58,7 +59,6 @@ from ppo_torch import (
     with_learning_rate,
 )
 from tests.backends import double_precision
-from tests.records import config_and_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CARTPOLE = Config(num_envs=4, num_steps=16, vectorization="sync")

@@ -37,8 +37,8 @@ import compare
 import ppo_jax
 import ppo_mlx
 import ppo_torch
+from benchmarks.records import whole
 from tests import backends, environments
-from tests.records import whole
 
 ROOT = Path(ppo_torch.__file__).parent
 SCRIPT = ROOT / "ppo_torch.py"

@@ -1,11 +1,10 @@
 """The README's tables are those that the recorded numbers give."""
 
-import csv
 import re
 import statistics
 from pathlib import Path
 
-from benchmarks import gymnax_speed, learning, long_runs, processes, speed, unfenced, widths
+from benchmarks import files, gymnax_speed, learning, long_runs, processes, recording, speed, unfenced, widths
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +22,8 @@ def test_speed_tables_in_the_readme_are_those_of_the_records():
     for name in speed.SUITES:
         if speed.recorded(name).exists():
             references = list(speed.SUITES[name]().references)
-            assert speed.markdown_table(speed.read(speed.recorded(name)), references) in README
+            table = speed.markdown_table(speed.read(speed.recorded(name)), references)
+            assert f"{table}\n\n{files.caption(speed.recorded(name))}\n" in README
 
 
 def test_the_speed_in_the_opening_is_that_of_the_records():
@@ -42,7 +42,7 @@ def test_the_speed_in_the_opening_is_that_of_the_records():
 def test_speed_ratios_compare_neighbours_in_time(tmp_path):
     rows = [(0, "a peer", 100.0), (0, "alone", 200.0), (0, "`ours`", 200.0)]
     rows = [speed.Row(*row) for row in (*rows, (1, "a peer", 50.0), (1, "alone", 500.0), (1, "`ours`", 150.0))]
-    speed.write(rows, tmp_path / "rows.csv", "python this")
+    files.save(tmp_path / "rows.csv", "python this", ["numpy"], speed.Row._fields, rows)
     assert speed.read(tmp_path / "rows.csv") == rows
     assert speed.markdown_table(rows, ["alone", "a peer"]).splitlines() == [
         "|  | steps/s, median (min to max) | s / 1000 steps, mean ± std | speed / alone | speed / a peer |",
@@ -82,9 +82,7 @@ def test_ratios_on_the_device_compare_neighbours_in_time():
 
 
 def test_processes_table_in_the_readme_is_that_of_the_records():
-    lines = (ROOT / "results" / "processes.csv").read_text().splitlines()
-    rows = [(int(k), *names, int(number), int(x)) for k, *names, number, x in list(csv.reader(lines[1:]))[1:]]
-    assert processes.markdown_table(rows) in README
+    assert processes.markdown_table(processes.read(ROOT / "results" / "processes.csv")) in README
 
 
 def test_ratios_of_processes_compare_neighbours_in_time():
@@ -95,15 +93,22 @@ def test_ratios_of_processes_compare_neighbours_in_time():
 
 
 def test_unfenced_table_in_the_readme_is_that_of_the_records():
-    lines = (ROOT / "results" / "unfenced.csv").read_text().splitlines()
-    found = {(script, phase, clock): float(ms) for script, phase, clock, ms in list(csv.reader(lines[1:]))[1:]}
-    assert unfenced.markdown_table(found) in README
+    assert unfenced.markdown_table(unfenced.read(ROOT / "results" / "unfenced.csv")) in README
 
 
 def test_widths_table_in_the_readme_is_that_of_the_records():
-    lines = (ROOT / "results" / "widths.csv").read_text().splitlines()
-    rows = [(name, int(width), phase, float(ms)) for name, width, phase, ms in list(csv.reader(lines[1:]))[1:]]
-    assert widths.markdown_table(rows) in README
+    assert widths.markdown_table(widths.read(ROOT / "results" / "widths.csv")) in README
+
+
+def test_recording_table_in_the_readme_is_that_of_the_records():
+    assert recording.markdown_table(recording.read(ROOT / "results" / "recording.csv")) in README
+
+
+def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
+    monkeypatch.setattr(recording, "SCRIPTS", {"ppo_jax": {"env_id": "A"}})
+    rows = [(0, "ppo_jax", 10.0, 11.0), (1, "ppo_jax", 20.0, 24.0), (2, "ppo_jax", 40.0, 40.0)]
+    expected = "| `ppo_jax` | A | 20.00 | 24.00 | 10.0 % (0.0 to 20.0) |"
+    assert recording.markdown_table(rows).splitlines()[2:] == [expected]
 
 
 def test_long_runs_table_in_the_readme_is_that_of_the_records():

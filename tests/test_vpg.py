@@ -24,7 +24,7 @@ from scipy import special, stats
 from torch.distributions import Categorical, Normal
 
 import vpg_torch
-from tests.records import config_and_rows
+from benchmarks.records import config_and_rows
 from tests.test_ppo_torch import assert_times_add_up, slow_gae, watched_clock
 from tests.test_reliability import ROOT, Process, assert_same_model, checkpoints, lines, step_of, wait_for
 from vpg_torch import (

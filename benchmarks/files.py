@@ -1,0 +1,26 @@
+"""The files of the benchmarks: a line with the command, versions and machine, then CSV."""
+
+import csv
+import os
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+
+def save(path: Path, command: str, packages: Iterable[str], header: Iterable[str], rows: Iterable[tuple]) -> None:
+    from vpg_torch import cpu_name  # the same in all scripts
+
+    versions = " ".join(f"{name} {version(name)}" for name in packages)
+    with open(path, "w", newline="") as file:
+        print(f"# {command}; {versions}; {cpu_name()}, {os.cpu_count()} cores", file=file)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def caption(path: Path) -> str:
+    """Versions and machine of a file, in Markdown"""
+    return f"<sub>{path.read_text().splitlines()[0].split('; ', 1)[1]}</sub>"
+
+
+def load(path: Path) -> list[list[str]]:
+    """The rows without their header"""
+    return list(csv.reader(path.read_text().splitlines()[1:]))[1:]
