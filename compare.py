@@ -61,7 +61,7 @@ SCRIPT_COLOURS = {
     "sac_jax": "#56B4E9",
     "td3_jax": "#E69F00",
     "mpo_jax": "#000000",
-    "vpg_torch": "#777777",
+    "vpg_torch": "#882255",
 }
 PHASE_COLOURS = {
     "rollout": "#999933",
@@ -96,7 +96,7 @@ TITLES = {
     "losses/value_loss": "value loss",
     "losses/critic_loss": "critic loss",
     "losses/entropy": "entropy (nats)",
-    "losses/approx_kl": "approximate KL (nats)",
+    "losses/approx_kl": "approximate KL, k3 (nats)",
     "losses/old_approx_kl": "approximate KL, k1 (nats)",
     "losses/clipfrac": "clipped fraction",
     "losses/explained_variance": "explained variance",
@@ -108,7 +108,7 @@ SECTIONS = {"charts", "losses", "times", "histograms"}
 RETURN, RETURNS, EVALUATION = "charts/episodic_return", "histograms/episodic_return", "charts/evaluation_return"
 IDENTITY = ["run", "env_id", "script", "framework", "seed", "global_step"]
 PRIVATE = {"_wandb", "run_dir", "resume", "resumed_at", "load_model", "wandb_mode", "wandb_project", "wandb_entity"}
-SMOOTHING = 0.02  # of a run's steps
+SMOOTHING = 0.03  # of a run's steps
 
 
 class BadInput(Exception):
@@ -148,11 +148,19 @@ class Run:
         return name if self.framework in name else f"{name} ({self.framework})"
 
     def has(self, key: str) -> bool:
-        return any(key in row for row in self.rows)
+        return any(is_drawn(row, key) for row in self.rows)
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, values = np.array([(row["global_step"], row[key]) for row in self.rows if key in row], dtype=float).T
+        """Steps and values: a mean at the middle of the steps since the row before it, an evaluation at its own."""
+        ends = [row["global_step"] for row in self.rows]
+        places = ends if key == EVALUATION else [(a + b) / 2 for a, b in zip([0, *ends], ends, strict=False)]
+        points = [(place, row[key]) for place, row in zip(places, self.rows, strict=True) if is_drawn(row, key)]
+        steps, values = np.array(points, dtype=float).T
         return steps, values
+
+
+def is_drawn(row: Row, key: str) -> bool:
+    return key in row and not (key.startswith("times/") and row[key] == 0)  # which a log axis has no place for
 
 
 # ------------------------------------------------------------------------------------------------------ record to Run
@@ -582,8 +590,8 @@ def panels(figure: Any, count: int, runs: list[Run], ylabel: str, sharey: bool =
     """`count` axes over the steps of the runs, and the unit of steps that their labels name."""
     width = min(count, 3)
     axes = figure.subplots(math.ceil(count / width), width, squeeze=False, sharey=sharey).flat
-    steps = max(run.summary["steps"] for run in runs)
-    unit, name = (1e6, " (millions)") if steps >= 2e6 else (1e3, " (thousands)") if steps >= 2e3 else (1, "")
+    steps = max(max(run.summary["steps"], run.config.get("total_timesteps", 0)) for run in runs)
+    unit, name = (1e6, " (millions)") if steps >= 1e6 else (1e3, " (thousands)") if steps >= 2e3 else (1, "")
     for index, axis in enumerate(axes):
         axis.set_visible(index < count)
         axis.set_xlim(0, max(steps, 1) / unit)
@@ -704,7 +712,11 @@ def draw_phases(runs: list[Run], title: str) -> Figure | None:
 def draw_losses(runs: list[Run], title: str) -> Figure | None:
     keys = recorded_keys(runs, "losses/") + recorded_keys(runs, "charts/learning_rate")
     contents = [(panel_title(key), runs, key) for key in keys]
-    return draw_panels(f"{title}: losses and diagnostics", contents, "", 1.8)
+    figure = draw_panels(f"{title}: losses and diagnostics", contents, "", 1.8)
+    for axis, (_, _, key) in zip(figure.axes if figure else (), contents, strict=False):
+        if key == "losses/explained_variance":
+            axis.set_ylim(max(axis.get_ylim()[0], -1), 1)  # where returns hardly differ it has no lower bound
+    return figure
 
 
 def panel_title(key: str) -> str:
@@ -729,7 +741,8 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
     spare = itertools.cycle(["#661100", "#6699CC", "#AA4466", "#000000"])
     colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in phases}
     heights = [0.8 + 0.35 * len(scripts), 2.3 * math.ceil(len(scripts) / 3)]
-    subtitle = f"iterations run phase by phase; bars: mean of {seeds(runs)}\n{machines(runs)}"
+    subtitle = f"above: iterations run phase by phase, mean of {seeds(runs)} (in brackets: iterations run fused)\n"
+    subtitle += f"below: all iterations over training, log scale\n{machines(runs)}"
     figure = new_figure(1.5 + sum(heights), f"{title}: time of an iteration", subtitle)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     bars = above.subplots()
@@ -746,8 +759,10 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
                 bars.bar_label(
                     patch, [number(bar[phase])], label_type="center", fontsize=8, color="white" if dark else "black"
                 )
-        bars.text(end + 0.01 * longest, script, number(end), va="center", fontsize=8, fontweight="bold")
-    bars.set(xlabel=PER_ITERATION, xlim=(0, 1.1 * longest))
+        fused = phase_milliseconds(scripts[script], "fused").get("iteration")
+        total = number(end) + (f" ({number(fused)})" if fused else "")
+        bars.text(end + 0.01 * longest, script, total, va="center", fontsize=8, fontweight="bold")
+    bars.set(xlabel=PER_ITERATION, xlim=(0, 1.15 * longest))
     bars.grid(axis="y", visible=False)
     bars.invert_yaxis()
     axes, unit = panels(below, len(scripts), runs, PER_ITERATION, sharey=True)
@@ -781,7 +796,7 @@ def draw_density(runs: list[Run], title: str) -> Figure | None:
         axis.set_title(f"{script} ({seeds(pooled)})")
         axis.grid(visible=False)
     bar = figure.colorbar(image, ax=axes, label="share of episodes", ticks=[least, 0.01, 0.03, 0.1, 0.3, 1])
-    bar.ax.set_yticklabels([f"≤ {least:.1%}", "1%", "3%", "10%", "30%", "100%"])
+    bar.ax.set_yticklabels([f"≤ {100 * least:g} %", "1 %", "3 %", "10 %", "30 %", "100 %"])
     bar.minorticks_off()
     return figure
 

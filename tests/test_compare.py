@@ -15,7 +15,7 @@ from matplotlib.image import imread
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compare
 from benchmarks.records import whole
-from compare import Histogram, Run
+from compare import EVALUATION, Histogram, Run
 
 SCRIPT = Path(compare.__file__)
 CONFIG = {
@@ -124,7 +124,8 @@ def test_segments_join_without_gap_or_double(tmp_path, monkeypatch, backwards):
     monkeypatch.setattr(Path, "glob", lambda *arguments: sorted(glob(*arguments), reverse=backwards))
     (run,) = compare.read_runs([str(tmp_path)])
     steps, values = run.curve("charts/SPS")
-    assert steps.tolist() == [100, 200, 250, 350, 450]
+    assert [row["global_step"] for row in run.rows] == [100, 200, 250, 350, 450]
+    assert steps.tolist() == [50, 150, 225, 300, 400]
     assert values.tolist() == [1, 1, 2, 2, 2]
     assert run.summary["steps"] == 450
 
@@ -224,9 +225,16 @@ def test_smooth_takes_the_mean_within_half_a_window():
     assert compare.smooth(steps, np.array([1.0, 3, 5, 10, 7]), 20).tolist() == [2, 3, 6, 7.5, 7]
 
 
+def test_a_mean_stands_in_the_middle_of_its_steps_and_an_evaluation_at_its_own():
+    rows = [{"global_step": s, "charts/x": s / 10} | ({EVALUATION: 1.0} if s == 30 else {}) for s in (10, 20, 30)]
+    run = Run("", {}, {}, [*rows, {"global_step": 40}, {"global_step": 50, "charts/x": 5.0}])
+    assert [x.tolist() for x in run.curve("charts/x")] == [[5, 15, 25, 45], [1, 2, 3, 5]]
+    assert [x.tolist() for x in run.curve(EVALUATION)] == [[30], [1]]
+
+
 def test_common_grid_covers_what_all_seeds_cover():
-    rows = [[{"global_step": s, "charts/x": s / 10} for s in steps] for steps in ([0, 10, 20, 30], [10, 25, 40])]
-    grid, values = compare.on_common_grid([Run("", {}, {}, one) for one in rows], "charts/x", points=3)
+    rows = [[{"global_step": s, EVALUATION: s / 10} for s in steps] for steps in ([0, 10, 20, 30], [10, 25, 40])]
+    grid, values = compare.on_common_grid([Run("", {}, {}, one) for one in rows], EVALUATION, points=3)
     assert grid.tolist() == [10, 20, 30]
     np.testing.assert_allclose(values, [[1, 2, 3], [1, 2, 3]])
 
@@ -402,6 +410,18 @@ def test_a_phase_that_takes_no_time_is_no_error(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == ["environment step", "loss and gradient"]
 
 
+def test_a_log_axis_begins_above_a_phase_that_once_took_no_time():
+    rows = [{"global_step": step, "times/record": 0.1 * (step > 1)} for step in (1, *range(50, 101))]
+    (axis,) = compare.draw_phases([Run("", CONFIG, {"steps": 100}, rows)], "title").axes
+    assert axis.get_ylim()[0] >= 50
+
+
+def test_explained_variance_is_shown_from_minus_one_on():
+    rows = [{"global_step": step, "losses/explained_variance": value} for step, value in ((1, -600.0), (2, 0.9))]
+    (axis,) = compare.draw_losses([Run("", CONFIG, {"steps": 2}, rows)], "title").axes
+    assert axis.get_ylim() == (-1, 1)
+
+
 def test_each_column_of_the_density_adds_up_to_one(runs):
     for axis in compare.draw_density(runs, "title").axes[:2]:
         (mesh,) = axis.collections
@@ -506,11 +526,11 @@ def test_an_unwritable_output_is_one_line(runs, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "number, subtitle, legend",
     [
-        (1, "1 seed; smoothed over 2 % of training", "ppo_torch (1 seed)"),
-        (2, "2 seeds; 1 or 2 seeds each drawn; smoothed over 2 % of training", "ppo_torch (2 seeds, each drawn)"),
+        (1, "1 seed; smoothed over 3 % of training", "ppo_torch (1 seed)"),
+        (2, "2 seeds; 1 or 2 seeds each drawn; smoothed over 3 % of training", "ppo_torch (2 seeds, each drawn)"),
         (
             3,
-            "3 seeds; mean and range; smoothed over 2 % of training",
+            "3 seeds; mean and range; smoothed over 3 % of training",
             "ppo_torch (3 seeds, each drawn)",
         ),
     ],
