@@ -52,7 +52,6 @@ import os
 import platform
 import re
 import secrets
-import select
 import signal
 import sys
 import threading
@@ -925,16 +924,11 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
             return getattr(vector, name)(*arguments, **options)
         try:
             getattr(vector, f"{name}_async")(*arguments, **options)
-            for pipe in vector.parent_pipes:
-                answer = select.poll()  # a tenth of the time that the pipe's own takes
-                answer.register(pipe, select.POLLIN)
-                if not answer.poll(1000 * LONGEST_STEP):
-                    raise TimeoutError(f"more than {LONGEST_STEP} s")
-            result = getattr(vector, f"{name}_wait")()
+            result = getattr(vector, f"{name}_wait")(timeout=LONGEST_STEP)
             if name == "step" and result[1].ndim != 1:  # AsyncVectorEnv stacks whatever came
                 raise ValueError(f"a reward of shape {result[1].shape[1:]} is not a number")
             return result
-        except (ConnectionError, EOFError, TimeoutError) as error:
+        except (ConnectionError, EOFError, multiprocessing.TimeoutError) as error:
             for process in vector.processes:
                 process.kill()
             vector.closed = True  # to close it would be to wait for an answer
@@ -1042,9 +1036,8 @@ class Run:
             raise BadInput(f"--resume {self.directory}: {what}; {why}")
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
-        path = self.directory / "config.json"
-        before = path.read_text() if config.resume else None
-        write_config(self.directory, config, self.run_id)
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": self.run_id}, indent=2)
+        write_whole(self.directory / "config.new", text.encode(), BadInput)
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1064,11 +1057,9 @@ class Run:
         try:
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
-            if before:
-                path.write_text(before)
-            else:
-                path.unlink()  # the same command may be tried again
+            (self.directory / "config.new").unlink()
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
+        os.replace(self.directory / "config.new", self.directory / "config.json")  # now the run is there to be resumed
         self.wandb.define_metric("*", step_metric="global_step")
         self.log, self.unwritten = self.wandb.log, deque()
         for row in progress.get("rows", ()):  # which a killed run may have lost
@@ -1361,19 +1352,28 @@ def cpu_name() -> str:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
-    """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
+    """Safetensors with JSON metadata and a checksum of both"""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    data = safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)})
+    write_whole(path, data, TrainingFailed)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def write_whole(path: Path, data: bytes, failure: type[Exception]) -> None:
+    """The file appears whole or not at all; until then it stays as it was."""
     part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        what = f"cannot write {path}: {one_line(error)}"
+        raise failure(f"{what}; make room there, or choose another --run-dir for a new run") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1446,22 +1446,6 @@ def directory_of_run(config: Config) -> tuple[Path, str]:
     if (directory / "config.json").exists():
         raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
     return directory, secrets.token_hex(4)
-
-
-# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def write_config(directory: Path, config: Config, run_id: str) -> None:
-    """Of a resumed run with what changed: the next --resume needs no other flag either"""
-    text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
-    part = directory / "config.part"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        os.replace(part, directory / "config.json")
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        what = f"cannot write to {directory}: {one_line(error)}"
-        raise BadInput(f"{what}; make room there or choose another --run-dir") from error
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -54,7 +54,6 @@ import os
 import platform
 import re
 import secrets
-import select
 import signal
 import sys
 import threading
@@ -383,8 +382,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 # twin: td3_jax sac_jax mpo_jax
 def update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
     """U updates -> learner, Metrics as an array (·, U)"""
-    learner, metrics = each(partial(update_minibatch, config=config, timed=timed), learner, batch)
-    return learner, as_array(metrics)
+    return each(partial(update_minibatch, config=config, timed=timed), learner, batch)
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
@@ -592,21 +590,19 @@ def is_traced(x: Tensor) -> bool:
 
 
 # twin: td3_jax sac_jax mpo_jax
-def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
-    """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed."""
+def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Tensor]:
+    """jax.lax.scan over U where JAX traces, and else the same as a loop, whose steps are calls that can be timed.
+
+    Metrics come as one array (·, U), which a call returns faster than several.
+    """
     if is_traced(batch.rewards):
-        return jax.lax.scan(step, learner, batch)
+        learner, metrics = jax.lax.scan(step, learner, batch)
+        return learner, jnp.stack(metrics)
     metrics = []
     for minibatch in map(Batch, *batch):
         learner, values = step(learner, minibatch)
         metrics.append(values)
-    return learner, Metrics(*map(np.array, zip(*metrics, strict=True)))
-
-
-# twin: td3_jax sac_jax mpo_jax
-def as_array(metrics: Metrics) -> Tensor | np.ndarray:
-    """One array, which a call returns faster than several, and which comes to the host in one piece"""
-    return jnp.stack(metrics) if is_traced(metrics.critic_loss) else np.stack(metrics)
+    return learner, np.stack([np.array(values) for values in zip(*metrics, strict=True)])
 
 
 # twin: sac_jax mpo_jax
@@ -919,16 +915,11 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
             return getattr(vector, name)(*arguments, **options)
         try:
             getattr(vector, f"{name}_async")(*arguments, **options)
-            for pipe in vector.parent_pipes:
-                answer = select.poll()  # a tenth of the time that the pipe's own takes
-                answer.register(pipe, select.POLLIN)
-                if not answer.poll(1000 * LONGEST_STEP):
-                    raise TimeoutError(f"more than {LONGEST_STEP} s")
-            result = getattr(vector, f"{name}_wait")()
+            result = getattr(vector, f"{name}_wait")(timeout=LONGEST_STEP)
             if name == "step" and result[1].ndim != 1:  # AsyncVectorEnv stacks whatever came
                 raise ValueError(f"a reward of shape {result[1].shape[1:]} is not a number")
             return result
-        except (ConnectionError, EOFError, TimeoutError) as error:
+        except (ConnectionError, EOFError, multiprocessing.TimeoutError) as error:
             for process in vector.processes:
                 process.kill()
             vector.closed = True  # to close it would be to wait for an answer
@@ -1036,9 +1027,8 @@ class Run:
             raise BadInput(f"--resume {self.directory}: {what}; {why}")
         if self.iteration > config.num_iterations:
             raise BadInput(f"--total-timesteps {config.total_timesteps}: the run is at step {self.global_step} already")
-        path = self.directory / "config.json"
-        before = path.read_text() if config.resume else None
-        write_config(self.directory, config, self.run_id)
+        text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": self.run_id}, indent=2)
+        write_whole(self.directory / "config.new", text.encode(), BadInput)
         self.recent_returns = deque(progress.get("recent_returns", ()), maxlen=100)
         self.row: defaultdict[str, list[float]] = defaultdict(list)  # of the iterations since the last row
         self.episodes, self.histograms_at, self.stop_signal = [], self.iteration, None
@@ -1058,11 +1048,9 @@ class Run:
         try:
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
-            if before:
-                path.write_text(before)
-            else:
-                path.unlink()  # the same command may be tried again
+            (self.directory / "config.new").unlink()
             raise BadInput(f"--wandb-mode {config.wandb_mode}: {one_line(error)}; offline needs no account") from error
+        os.replace(self.directory / "config.new", self.directory / "config.json")  # now the run is there to be resumed
         self.wandb.define_metric("*", step_metric="global_step")
         self.log, self.unwritten = self.wandb.log, deque()
         for row in progress.get("rows", ()):  # which a killed run may have lost
@@ -1279,19 +1267,28 @@ def cpu_name() -> str:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
-    """Safetensors with JSON metadata and a checksum of both; the file appears whole or not at all."""
+    """Safetensors with JSON metadata and a checksum of both"""
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    data = safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)})
+    write_whole(path, data, TrainingFailed)
+
+
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
+def write_whole(path: Path, data: bytes, failure: type[Exception]) -> None:
+    """The file appears whole or not at all; until then it stays as it was."""
     part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)}))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TrainingFailed(f"cannot write {path}: {one_line(error)}; an older checkpoint is as it was") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        what = f"cannot write {path}: {one_line(error)}"
+        raise failure(f"{what}; make room there, or choose another --run-dir for a new run") from error
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1362,22 +1359,6 @@ def directory_of_run(config: Config) -> tuple[Path, str]:
     if (directory / "config.json").exists():
         raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
     return directory, secrets.token_hex(4)
-
-
-# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
-def write_config(directory: Path, config: Config, run_id: str) -> None:
-    """Of a resumed run with what changed: the next --resume needs no other flag either"""
-    text = json.dumps(dataclasses.asdict(config) | {"resume": None, "wandb_id": run_id}, indent=2)
-    part = directory / "config.part"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        os.replace(part, directory / "config.json")
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        what = f"cannot write to {directory}: {one_line(error)}"
-        raise BadInput(f"{what}; make room there or choose another --run-dir") from error
 
 
 # ---------------------------------------------------------------------------------------------------- command line

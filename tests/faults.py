@@ -567,7 +567,7 @@ def worker(script: Script, times: int, rng: random.Random) -> Iterator[str | Non
         finally:
             kill_all(process)
 
-    for way in [("hangs", "more than 1 s"), ("dies", "died")][:times]:
+    for way in [("hangs", "timed out after 1 second"), ("dies", "died")][:times]:
         yield tried(attempt, *way)
 
 

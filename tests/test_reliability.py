@@ -367,6 +367,7 @@ def test_a_resumed_run_that_wandb_refuses_keeps_its_config(finished, monkeypatch
     monkeypatch.setattr(ppo_torch.wandb, "init", refuse)
     assert_refused(main("--resume", finished, "--total-timesteps", "6400"), "no such project")
     assert (finished / "config.json").read_text() == before
+    assert not (finished / "config.new").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- signals
@@ -700,7 +701,7 @@ def test_ctrl_c_before_training(moment, start, tmp_path):
     if moment == "before training":
         wait_for(process.workers, process)
     else:
-        wait_for(lambda: (directory / "config.json").exists(), process)
+        wait_for(lambda: any(directory.glob("config.*")), process)
     os.killpg(process.pid, signal.SIGINT)
     outcome = process.end()
     assert outcome.code == 130 and len(outcome.err) == 1, outcome
