@@ -456,7 +456,7 @@ def group(runs: Iterable[Run], *attributes: str) -> dict[Any, list[Run]]:
 def pooling_notes(runs: list[Run]) -> list[str]:
     """What to know before taking pooled runs for the seeds of one experiment."""
     notes = []
-    per_run = {"seed", "cpu", "device", "versions", "total_timesteps", "wandb_group"}
+    per_run = {"seed", "cpu", "device", "versions", "total_timesteps", "wandb_group", "segment"}
     for (env_id, script), pooled in group(runs, "env_id", "script").items():
         settings = sorted({key for run in pooled for key in run.config} - per_run)
         mixed = [key for key in settings if len({json.dumps(run.config.get(key)) for run in pooled}) > 1]

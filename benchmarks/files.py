@@ -17,8 +17,8 @@ def save(path: Path, command: str, packages: Iterable[str], header: Iterable[str
 
 
 def caption(path: Path) -> str:
-    """Versions and machine of a file, in Markdown"""
-    return f"<sub>{path.read_text().splitlines()[0].split('; ', 1)[1]}</sub>"
+    """Command, versions and machine of a file, in Markdown"""
+    return f"<sub>{path.read_text().splitlines()[0].removeprefix('# ')}</sub>"
 
 
 def load(path: Path) -> list[list[str]]:
