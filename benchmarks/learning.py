@@ -138,8 +138,10 @@ ROWS = {
             5,
             "",
             MPO,
+            note=note,
+            figures=() if note else ("returns",),
         )
-        for solver in ("newton", "slsqp", "adam")
+        for solver, note in (("newton", ""), ("slsqp", "solved by `slsqp`"), ("adam", "solved by `adam`"))
     },
     "mpo_walker": Row(
         "--env-id dm_control/walker-walk-v0 --total-timesteps 250000",
