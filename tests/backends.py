@@ -1,6 +1,7 @@
 """What the tests need to know of a framework: how to compute in float64, and how its gradients are named."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,8 +26,11 @@ def double_precision(module: ModuleType) -> Iterator[None]:
     """float64 on the CPU for what is computed inside; `doubled` makes a learner of it."""
     if module.FRAMEWORK == "torch":
         torch.set_default_dtype(torch.float64)
+    # needed once, so not kept: XLA has crashed (segmentation fault) while it serialised the CNN's update for the cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     with jax.enable_x64(True) if module.FRAMEWORK == "jax" else contextlib.nullcontext():
         yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     torch.set_default_dtype(torch.float32)
 
 
