@@ -1130,6 +1130,7 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """Counted from 1, until the last or until a signal."""
         self.row["times/compile"].append(self.stopwatch.lap()["compile"])
+        self.bar.unpause()  # its steps/s begin here too
         if self.iteration < self.config.num_iterations:
             self.envs.restart(self.global_step)
         gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase

@@ -911,6 +911,24 @@ def test_a_heavier_phase_shows_in_its_own_key(monkeypatch, phase, owner, name, t
     assert slow[phase] > 25 * light[phase]
 
 
+def test_the_progress_bar_counts_from_the_first_iteration_on(monkeypatch, tmp_path):
+    """Its steps/s leave out compilation, as all others do."""
+    order, warm_up, collect = [], ppo_torch.warm_up, ppo_torch.collect_rollout
+
+    class Bar(ppo_torch.tqdm):
+        def unpause(self):
+            order.append("clock")
+            super().unpause()
+
+    monkeypatch.setattr(ppo_torch, "tqdm", Bar)
+    monkeypatch.setattr(ppo_torch, "warm_up", lambda *arguments: (order.append("compile"), warm_up(*arguments)))
+    monkeypatch.setattr(
+        ppo_torch, "collect_rollout", lambda *arguments: (order.append("rollout"), collect(*arguments))[1]
+    )
+    train(Config(total_timesteps=512, eval_episodes=0, wandb_mode="disabled", run_dir=str(tmp_path / "run")))
+    assert order == ["compile", "clock", "rollout"]
+
+
 def timing_rows(rows: list[dict]) -> list[tuple[dict[str, float], int]]:
     """Rows that end an iteration, and how many iterations each covers."""
     rows = [row for row in rows if "times/iteration" in row]
