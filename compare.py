@@ -24,6 +24,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ PHASE_COLOURS = {
     "sample": "#44AA99",
     "gae": "#117733",
     "shuffle": "#4477AA",
+    "update": "#000000",
     "loss": "#CC6677",
     "kl": "#DDCC77",
     "weight_update": "#882255",
@@ -77,12 +79,14 @@ PHASE_COLOURS = {
     "record": "#6F4E37",
     "other": "#BBBBBB",
 }
+SPARE_COLOURS = ["#661100", "#6699CC", "#AA4466", "#000000"]
 TITLES = {
     **{f"times/{phase}": phase.replace("_", " ") for phase in PHASE_COLOURS},
     "times/step": "environment step",
     "times/gae": "GAE",
     "times/loss": "loss and gradient",
     "times/kl": "KL",
+    "times/update": "fused update",
     "times/record": "recording",
     "times/loss/forward": "network within loss",
     "times/loss/policy": "policy loss",
@@ -202,9 +206,14 @@ def split_where_steps_fall(rows: list[Row]) -> list[tuple[int, list[Row]]]:
     return segments
 
 
+def steps_since(rows: list[Row], start: int = 0) -> np.ndarray:
+    """The steps that each row is the mean of, as weights"""
+    return np.maximum(np.diff([row["global_step"] for row in rows], prepend=start), 1)
+
+
 def summarise(rows: list[Row]) -> dict[str, float]:
-    """The numbers of the tables. Phases are mean seconds over the rows with iterations run phase by phase (timed/...),
-    and over those without (fused/...); steps per second are all steps over all time, slow iterations included."""
+    """The numbers of the tables. Phases are mean seconds of the iterations that ran phase by phase (timed/...), and of
+    the others (fused/...); steps per second are all steps over all time, slow iterations included."""
     summary = {"steps": rows[-1]["global_step"]}
     for row in rows:
         for key in {"charts/return_last_100", EVALUATION} & row.keys():
@@ -216,12 +225,15 @@ def summarise(rows: list[Row]) -> dict[str, float]:
     speeds = np.array([row.get("charts/SPS", 0.0) for row in rows])
     if np.any(speeds > 0):
         summary["steps_per_second"] = steps[speeds > 0].sum() / (steps[speeds > 0] / speeds[speeds > 0]).sum()
-    timed = [row for row in rows if "times/loss" in row]
-    fused = [row for row in rows if "times/update" in row and "times/loss" not in row]
-    for kind, chosen in (("timed", timed), ("fused", fused)):
-        for key in {key for row in chosen for key in row if key.startswith("times/")} - OUTSIDE_ITERATIONS:
-            summary[key.replace("times", kind, 1)] = float(np.mean([row.get(key, 0.0) for row in chosen]))
-    if timed:
+    is_timed = np.array(["times/loss" in row for row in rows])
+    is_fused = np.array(["times/update" in row for row in rows]) & ~is_timed
+    for kind, chosen in (("timed", is_timed), ("fused", is_fused)):
+        for key in {key for row in itertools.compress(rows, chosen) for key in row} - OUTSIDE_ITERATIONS:
+            if key.startswith("times/"):
+                seconds = np.array([row.get(key, 0.0) for row in rows])
+                mean = np.average(seconds[chosen], weights=steps_since(rows)[chosen])
+                summary[key.replace("times", kind, 1)] = float(mean)
+    if is_timed.any():
         # A row may hold a timed iteration and fused ones, and then only its phases are those of the timed one.
         summary.pop("timed/update", None)
         phases = [
@@ -232,15 +244,24 @@ def summarise(rows: list[Row]) -> dict[str, float]:
 
 
 def thin(rows: list[Row], at_most: int = 100) -> list[Row]:
-    """At most `at_most` rows, each the mean of a stretch that ends at its step; the last row stays alone."""
-    bounds = np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int)
-    return [merge(rows[start:end]) for start, end in zip(bounds, [*bounds[1:], len(rows)], strict=True)]
+    """At most `at_most` rows, each the mean of a stretch that ends at its step, where it can be with an evaluation"""
+    merged, start, start_step = [], 0, 0
+    for end in np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int)[1:]:
+        evaluated = [index for index in range(start, end) if EVALUATION in rows[index]]
+        end = evaluated[-1] + 1 if evaluated else end
+        merged.append(merge(rows[start:end], start_step))
+        start, start_step = end, rows[end - 1]["global_step"]
+    return [*merged, merge(rows[start:], start_step)]
 
 
-def merge(rows: list[Row]) -> Row:
+def merge(rows: list[Row], start_step: int) -> Row:
+    """Means over the steps since `start_step`; of evaluations the last"""
     merged: Row = {"global_step": rows[-1]["global_step"]}
+    weights = steps_since(rows, start_step)
     for key in {key for row in rows for key in row} - {"global_step", RETURNS}:
-        mean = np.mean([row[key] for row in rows if key in row])
+        has_key = [key in row for row in rows]
+        values = [row[key] for row in rows if key in row]
+        mean = values[-1] if key == EVALUATION else np.average(values, weights=weights[has_key])
         merged[key] = float(f"{mean:.5g}")  # five digits are more than a figure shows, and keep saved files small
     histograms = [row[RETURNS] for row in rows if RETURNS in row]
     if histograms:
@@ -280,8 +301,8 @@ def read_runs(sources: Iterable[str]) -> list[Run]:
             directories |= found
         elif path.is_file() and path.suffix == ".csv":
             runs += read_csv(path)
-        elif not path.exists() and source.count("/") in (1, 2) and source[:1] not in "./~" and path.suffix != ".csv":
-            runs += read_project(*source.split("/"))
+        elif not path.exists() and "/" in source and source[:1] not in "./~" and path.suffix != ".csv":
+            runs += read_project(*source.split("/", 2))  # a group may hold slashes: ALE/Pong-v5__ppo_torch
         else:
             raise BadInput(f"{source}: give a folder with runs, a CSV written by --save, or entity/project on W&B")
     with ThreadPoolExecutor() as pool:
@@ -293,7 +314,8 @@ def read_runs(sources: Iterable[str]) -> list[Run]:
 
 
 def read_directory(directory: Path) -> list[Run]:
-    segments = []
+    """Its run, or several where a script keeps them all in one folder"""
+    segments = defaultdict(list)
     for file in directory.glob("wandb/*run-*/run-*.wandb"):
         identity, config, rows = {}, {}, []
         for record in inspect(file):
@@ -307,10 +329,13 @@ def read_directory(directory: Path) -> list[Run]:
                 rows.append(read_item(body["item"]))
         if identity:  # a run killed in its first second may leave an empty file
             order = config.get("segment", 0), identity["start_time"]  # the clock may have been set back
-            segments.append((order, identity["run_id"], config, rows))
-    segments.sort(key=lambda segment: segment[0])
-    _, run_id, config, _ = segments[-1] if segments else ("", "", {}, [])
-    return make_run(run_id, config, [(config.get("resumed_at", 0), rows) for _, _, config, rows in segments], directory)
+            segments[identity["run_id"]].append((order, config, rows))
+    runs = []
+    for run_id, of_run in (segments or {"": []}).items():
+        of_run.sort(key=lambda segment: segment[0])
+        config = of_run[-1][1] if of_run else {}
+        runs += make_run(run_id, config, [(one.get("resumed_at", 0), rows) for _, one, rows in of_run], directory)
+    return runs
 
 
 def inspect(file: Path) -> list[dict[str, Any]]:
@@ -465,6 +490,9 @@ def pooling_notes(runs: list[Run]) -> list[str]:
             notes.append(
                 f"{script} on {env_id} pools runs that differ in {', '.join(mixed)} (--exp-name tells such apart)"
             )
+        places = sorted({f"{run.config['cpu']} ({run.config.get('device')})" for run in pooled if "cpu" in run.config})
+        if len(places) > 1:
+            notes.append(f"{script} on {env_id} pools times of different machines: {' and '.join(places)}")
         if len({run.config["seed"] for run in pooled}) < len(pooled):
             notes.append(f"{script} on {env_id} has several runs of one seed, and each counts as a seed")
         if steps[0] < 0.98 * steps[-1]:
@@ -479,7 +507,7 @@ def number(value: float) -> str:
 
 
 def estimate(runs: list[Run], key: str) -> str:
-    """Interquartile mean and its interval; of fewer than three seeds the values themselves."""
+    """Interquartile mean and its interval, of three seeds their mean and range; of fewer the values themselves."""
     values = np.array([run.summary[key] for run in runs if key in run.summary])
     if len(values) == 0:
         return "–"
@@ -495,8 +523,8 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def returns_table(runs: list[Run]) -> str:
-    header = ["environment", "script", "seeds", "steps", "return of the last 100 training episodes (IQM [95 %])"]
-    header += ["evaluation return (IQM [95 %])", "worst seed (last 100)", "steps/s (median)"]
+    header = ["environment", "script", "seeds", "steps", "training return (last 100 episodes)"]
+    header += ["evaluation return", "worst seed (last 100)", "steps/s (median)"]
     lines = []
     for (env_id, script), pooled in group(runs, "env_id", "script").items():
         steps = sorted(run.summary["steps"] for run in pooled)
@@ -607,17 +635,21 @@ def seeds(runs: list[Run]) -> str:
 
 def estimator(runs: list[Run]) -> str:
     counts = [len(pooled) for pooled in group(runs, "env_id", "script").values()]
-    # of three values nothing is trimmed, and their 95 % interval is their range
-    means = "mean and range; " if max(counts) == 3 else "interquartile mean, 95 % bootstrap interval; "
-    means *= max(counts) >= 3
-    alone = "1 or 2 seeds each drawn; " if min(counts) < 3 and max(counts) > 1 else ""
-    return f"{seeds(runs)}; {means}{alone}smoothed over {100 * SMOOTHING:g} % of training"
+    parts = [seeds(runs)]
+    if max(counts) == 3:  # of three values nothing is trimmed, and their 95 % interval is their range
+        parts.append("mean and range")
+    elif max(counts) > 3:
+        parts.append("interquartile mean, 95 % bootstrap interval")
+    if min(counts) < 3 and max(counts) > 1:
+        parts.append("1 or 2 seeds one by one")
+    return "; ".join(parts)
 
 
 def colours(runs: list[Run]) -> dict[str, str]:
-    """A known script has one colour in every figure; the others share what is left."""
+    """A known script has one colour in every figure; the others share what is left, and then the spare ones."""
     scripts = list(group(runs, "script"))
-    free = itertools.cycle([colour for script, colour in SCRIPT_COLOURS.items() if script not in scripts])
+    left = [colour for script, colour in SCRIPT_COLOURS.items() if script not in scripts]
+    free = itertools.cycle([*left, *SPARE_COLOURS])
     return {script: SCRIPT_COLOURS.get(script) or next(free) for script in scripts}
 
 
@@ -672,7 +704,8 @@ def draw_panels(
     if not contents:
         return None
     runs = list({run.id: run for _, here, _ in contents for run in here}.values())
-    figure = new_figure(1.2 + height * math.ceil(len(contents) / 3), title, estimator(runs))
+    subtitle = f"{estimator(runs)}; smoothed over {100 * SMOOTHING:g} % of training"
+    figure = new_figure(1.2 + height * math.ceil(len(contents) / 3), title, subtitle)
     axes, unit = panels(figure, len(contents), runs, ylabel, sharey)
     for axis, (name, here, key) in zip(axes, contents, strict=True):
         for script, pooled in group(here, "script").items():
@@ -704,7 +737,7 @@ def draw_returns(runs: list[Run], title: str) -> Figure | None:
 
 
 def draw_phases(runs: list[Run], title: str) -> Figure | None:
-    outside = OUTSIDE_ITERATIONS | {"times/other", "times/iteration", "times/update"}
+    outside = OUTSIDE_ITERATIONS | {"times/other", "times/iteration"}
     contents = [(panel_title(key), runs, key) for key in recorded_keys(runs, "times/") if key not in outside]
     return draw_panels(f"{title}: time of each phase", contents, PER_ITERATION, 1.8, milliseconds=True)
 
@@ -738,11 +771,11 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
     phases = sorted(
         {phase for bar in times.values() for phase in bar} - {"iteration"}, key=lambda p: rank(PHASE_COLOURS, p)
     )
-    spare = itertools.cycle(["#661100", "#6699CC", "#AA4466", "#000000"])
-    colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in phases}
+    spare = itertools.cycle(SPARE_COLOURS)
+    colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in [*phases, "update"]}
     heights = [0.8 + 0.35 * len(scripts), 2.3 * math.ceil(len(scripts) / 3)]
     subtitle = f"above: iterations run phase by phase, mean of {seeds(runs)} (in brackets: iterations run fused)\n"
-    subtitle += f"below: all iterations over training, log scale\n{machines(runs)}"
+    subtitle += f"below: over training, log scale\n{machines(runs)}"
     figure = new_figure(1.5 + sum(heights), f"{title}: time of an iteration", subtitle)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     bars = above.subplots()
@@ -767,11 +800,11 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
     bars.invert_yaxis()
     axes, unit = panels(below, len(scripts), runs, PER_ITERATION, sharey=True)
     for axis, (script, pooled) in zip(axes, scripts.items(), strict=True):
-        for phase in (phase for phase in phases if phase != "other"):
+        for phase in (phase for phase in [*phases, "update"] if phase != "other"):
             draw_curve(axis, pooled, f"times/{phase}", colour[phase], unit, scale=1e3)
         axis.set_title(script)
     logarithmic(axes)
-    handles = [Patch(color=colour[phase], label=panel_title(f"times/{phase}")) for phase in phases]
+    handles = [Patch(color=colour[phase], label=panel_title(f"times/{phase}")) for phase in colour]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -804,6 +837,8 @@ def draw_density(runs: list[Run], title: str) -> Figure | None:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     try:
+        if config.save and config.save.suffix != ".csv":
+            raise BadInput(f"--save {config.save}: must end in .csv; a .json of the same name goes beside it")
         runs = read_runs(config.runs)
         for note in pooling_notes(runs):
             print(f"note: {note}", file=sys.stderr)
@@ -813,7 +848,14 @@ def main() -> None:
     except (BadInput, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(returns_table(runs), times_table(runs), machines(runs), "\n".join(map(str, written)), sep="\n\n")
+    print(
+        returns_table(runs),
+        estimator(runs),
+        times_table(runs),
+        machines(runs),
+        "\n".join(map(str, written)),
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

@@ -130,6 +130,16 @@ def test_segments_join_without_gap_or_double(tmp_path, monkeypatch, backwards):
     assert run.summary["steps"] == 450
 
 
+def test_runs_in_one_folder_are_told_apart(tmp_path):
+    for run_id, seed in (("one", 1), ("two", 2)):
+        record(tmp_path, [{"global_step": 100, "charts/SPS": float(seed)}], run_id, seed=seed)
+    runs = compare.read_runs([str(tmp_path)])
+    assert [(run.id, run.config["seed"], run.curve("charts/SPS")[1].tolist()) for run in runs] == [
+        ("one", 1, [1]),
+        ("two", 2, [2]),
+    ]
+
+
 def test_config_that_is_added_later_is_read(tmp_path):
     run = wandb.init(mode="offline", dir=tmp_path, config=CONFIG, reinit="create_new", settings=SETTINGS)
     run.config.update({"env_id": "Acrobot-v1"}, allow_val_change=True)
@@ -193,12 +203,12 @@ def test_runs_on_wandb_are_read_through_its_api(monkeypatch):
 
     class Api:
         def runs(self, path, filters):
-            assert (path, filters) == ("team/project", {"group": "seeds"})
+            assert (path, filters) == ("team/project", {"group": "ALE/Pong-v5__ppo_torch"})
             return [Online()]
 
     monkeypatch.setattr(wandb, "login", lambda prompt: True)
     monkeypatch.setattr(wandb, "Api", Api)
-    (run,) = compare.read_runs(["team/project/seeds"])
+    (run,) = compare.read_runs(["team/project/ALE/Pong-v5__ppo_torch"])
     assert run.env_id == "Acrobot-v1"
     assert run.curve("charts/SPS")[1].tolist() == [5, 7]
 
@@ -239,20 +249,41 @@ def test_common_grid_covers_what_all_seeds_cover():
     np.testing.assert_allclose(values, [[1, 2, 3], [1, 2, 3]])
 
 
-def test_thin_keeps_the_last_row_and_the_mean_of_the_others():
+def test_thin_keeps_the_means_of_stretches():
     rows = [{"global_step": n, "charts/x": float(n)} | ({"charts/rare": 5.0} if n == 3 else {}) for n in range(1, 12)]
     thinned = compare.thin(rows, at_most=6)
     assert [row["global_step"] for row in thinned] == [2, 4, 6, 8, 10, 11]
     assert [row["charts/x"] for row in thinned] == [1.5, 3.5, 5.5, 7.5, 9.5, 11.0]
     assert [row.get("charts/rare") for row in thinned] == [None, 5.0, None, None, None, None]
     assert compare.thin(rows[:6], at_most=6) == rows[:6]
-    assert compare.merge([{"global_step": 1, "charts/x": 200 / 3}])["charts/x"] == 66.667
+    assert compare.merge([{"global_step": 1, "charts/x": 200 / 3}], 0)["charts/x"] == 66.667
+
+
+def test_a_row_weighs_as_many_steps_as_it_covers():
+    """W&B gets a row of several iterations where they are fast: the mean of them."""
+    rows = [{"global_step": step, "times/step": seconds} for step, seconds in ((120, 1.0), (180, 5.0))]
+    assert compare.merge(rows, start_step=100)["times/step"] == (20 * 1.0 + 60 * 5.0) / 80
+
+
+def test_thinned_evaluations_stand_at_their_own_steps():
+    rows = [{"global_step": n, "charts/x": float(n)} | ({EVALUATION: n} if n % 5 == 0 else {}) for n in range(1, 13)]
+    thinned = compare.thin(rows, at_most=5)
+    assert [(row["global_step"], row.get(EVALUATION)) for row in thinned] == [
+        (2, None),
+        (5, 5),
+        (8, None),
+        (10, 10),
+        (12, None),
+    ]
+    assert [row["charts/x"] for row in thinned] == [1.5, 4, 7, 9.5, 11.5]
+    several = compare.merge([{"global_step": step, EVALUATION: step} for step in (5, 10)], 0)
+    assert several == {"global_step": 10, EVALUATION: 10}
 
 
 def test_merged_histograms_keep_every_episode_and_its_place():
     early = Histogram(np.array([0.0, 10.0]), np.array([7.0]))
     late = Histogram(np.array([90.0, 100.0]), np.array([5.0]))
-    merged = compare.merge([{"global_step": n, compare.RETURNS: h} for n, h in enumerate((early, late))])
+    merged = compare.merge([{"global_step": n, compare.RETURNS: h} for n, h in enumerate((early, late))], 0)
     histogram = merged[compare.RETURNS]
     assert (histogram.edges[0], histogram.edges[-1]) == (0, 100)
     assert np.round(histogram.below(np.array([0, 15, 85, 100]))).tolist() == [0, 7, 7, 12]
@@ -269,7 +300,7 @@ def test_summary_separates_timed_from_fused_iterations_and_divides_steps_by_time
     rows = [
         {"global_step": 100, "times/iteration": 2.0, "times/update": 1.0, "charts/SPS": 50.0},
         {"global_step": 200, "times/iteration": 4.0, "times/loss": 3.0, "times/other": 1.0, "charts/SPS": 25.0},
-        {"global_step": 500, "times/iteration": 3.0, "times/update": 2.0, "charts/SPS": 100.0},
+        {"global_step": 500, "times/iteration": 3.0, "times/update": 2.0, "charts/SPS": 100.0},  # 3 iterations
         {"global_step": 500, "times/compile": 9.0},
     ]
     assert compare.summarise(rows) == {
@@ -278,8 +309,8 @@ def test_summary_separates_timed_from_fused_iterations_and_divides_steps_by_time
         "timed/iteration": 4.0,
         "timed/loss": 3.0,
         "timed/other": 1.0,
-        "fused/iteration": 2.5,
-        "fused/update": 1.5,
+        "fused/iteration": (2.0 + 3 * 3.0) / 4,
+        "fused/update": (1.0 + 3 * 2.0) / 4,
     }
 
 
@@ -299,8 +330,8 @@ def test_a_row_with_a_timed_and_a_fused_iteration_counts_by_its_phases():
 
 
 RETURNS_TABLE = """\
-| environment | script | seeds | steps | return of the last 100 training episodes (IQM [95 %]) | \
-evaluation return (IQM [95 %]) | worst seed (last 100) | steps/s (median) |
+| environment | script | seeds | steps | training return (last 100 episodes) | \
+evaluation return | worst seed (last 100) | steps/s (median) |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | CartPole-v1 | ppo_torch | 3 | 20,480 | 401.0 [400.0, 402.0] | 420.0 [410.0, 430.0] | 400.0 | 2,000 |
 | CartPole-v1 | ppo_jax | 3 | 20,480 | 401.0 [400.0, 402.0] | 420.0 [410.0, 430.0] | 400.0 | 2,000 |"""
@@ -327,12 +358,13 @@ def test_fewer_than_three_seeds_get_no_interval_and_missing_ones_are_counted():
 
 
 def test_pooling_notes_name_what_makes_runs_no_seeds_of_one_another():
-    runs = [Run(str(n), CONFIG | {"num_envs": n}, {"steps": 1000 * n}, []) for n in (1, 2)]
+    runs = [Run(str(n), CONFIG | {"num_envs": n, "cpu": f"CPU {n}"}, {"steps": 1000 * n}, []) for n in (1, 2)]
     notes = compare.pooling_notes(runs)
-    assert len(notes) == 3
+    assert len(notes) == 4
     assert "differ in num_envs" in notes[0]
-    assert "several runs of one seed" in notes[1]
-    assert "1,000 to 2,000 steps" in notes[2]
+    assert "different machines: CPU 1 (cpu) and CPU 2 (cpu)" in notes[1]
+    assert "several runs of one seed" in notes[2]
+    assert "1,000 to 2,000 steps" in notes[3]
 
 
 def test_saved_numbers_give_the_same_tables_figures_and_file(runs, tmp_path):
@@ -358,7 +390,7 @@ def test_every_figure_is_drawn_in_the_colours_of_its_scripts(recorded, tmp_path)
     result = compare_in_process(recorded, "--output", tmp_path, "--prefix", "x", "--save", tmp_path / "numbers.csv")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert RETURNS_TABLE in result.stdout
+    assert f"{RETURNS_TABLE}\n\n3 seeds; mean and range\n" in result.stdout
     assert TIMES_TABLE in result.stdout
     names = ["returns", "times", "phases", "losses", "density"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(f"x_{name}.png" for name in names)
@@ -431,7 +463,7 @@ def test_each_column_of_the_density_adds_up_to_one(runs):
 
 def test_a_log_scale_ends_at_labelled_ticks_even_for_one_value(runs):
     drawn = [axis for axis in compare.draw_phases(runs, "title").axes if axis.get_visible()]
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     for axis in drawn:
         (low, high), ticks = axis.get_ylim(), axis.get_yticks()
         assert (low, high) == (ticks[0], ticks[-1])
@@ -450,6 +482,12 @@ def test_other_scripts_get_colours_of_their_own():
     palette = compare.colours(runs)
     assert palette["ppo_jax"] == "#009E73"
     assert len(set(palette.values())) == 3
+
+
+def test_colours_are_left_for_a_script_beside_all_eight():
+    names = [*compare.SCRIPT_COLOURS, "mine"]
+    runs = [Run(name, {"env_id": "E", "exp_name": name, "framework": ""}, {}, []) for name in names]
+    assert len(compare.colours(runs)) == 9
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -495,6 +533,17 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_save_takes_a_csv_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "nowhere", "--save", "numbers.json"])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "compare.py: --save numbers.json: must end in .csv; a .json of the same name goes beside it\n"
+    )
+
+
 def test_without_a_login_nothing_asks_for_one():
     result = compare_in_process("no-such-team/no-such-project")
     assert (result.returncode, result.stdout) == (2, "")
@@ -527,7 +576,7 @@ def test_an_unwritable_output_is_one_line(runs, tmp_path, monkeypatch, capsys):
     "number, subtitle, legend",
     [
         (1, "1 seed; smoothed over 3 % of training", "ppo_torch (1 seed)"),
-        (2, "2 seeds; 1 or 2 seeds each drawn; smoothed over 3 % of training", "ppo_torch (2 seeds, each drawn)"),
+        (2, "2 seeds; 1 or 2 seeds one by one; smoothed over 3 % of training", "ppo_torch (2 seeds, each drawn)"),
         (
             3,
             "3 seeds; mean and range; smoothed over 3 % of training",
