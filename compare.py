@@ -772,7 +772,8 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
         {phase for bar in times.values() for phase in bar} - {"iteration"}, key=lambda p: rank(PHASE_COLOURS, p)
     )
     spare = itertools.cycle(SPARE_COLOURS)
-    colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in [*phases, "update"]}
+    fused = ["update"] * any(run.has("times/update") for run in runs)
+    colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in phases + fused}
     heights = [0.8 + 0.35 * len(scripts), 2.3 * math.ceil(len(scripts) / 3)]
     subtitle = f"above: iterations run phase by phase, mean of {seeds(runs)} (in brackets: iterations run fused)\n"
     subtitle += f"below: over training, log scale\n{machines(runs)}"
@@ -792,15 +793,15 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
                 bars.bar_label(
                     patch, [number(bar[phase])], label_type="center", fontsize=8, color="white" if dark else "black"
                 )
-        fused = phase_milliseconds(scripts[script], "fused").get("iteration")
-        total = number(end) + (f" ({number(fused)})" if fused else "")
+        of_fused = phase_milliseconds(scripts[script], "fused").get("iteration")
+        total = number(end) + (f" ({number(of_fused)})" if of_fused else "")
         bars.text(end + 0.01 * longest, script, total, va="center", fontsize=8, fontweight="bold")
     bars.set(xlabel=PER_ITERATION, xlim=(0, 1.15 * longest))
     bars.grid(axis="y", visible=False)
     bars.invert_yaxis()
     axes, unit = panels(below, len(scripts), runs, PER_ITERATION, sharey=True)
     for axis, (script, pooled) in zip(axes, scripts.items(), strict=True):
-        for phase in (phase for phase in [*phases, "update"] if phase != "other"):
+        for phase in (phase for phase in colour if phase != "other"):
             draw_curve(axis, pooled, f"times/{phase}", colour[phase], unit, scale=1e3)
         axis.set_title(script)
     logarithmic(axes)

@@ -230,6 +230,15 @@ def test_bootstrap_interval_is_the_slow_one():
     np.testing.assert_allclose(high, np.percentile(slow, 97.5, axis=1))
 
 
+@pytest.mark.parametrize("number, percent", [(5, 90), (10, 94)])
+def test_how_often_an_interval_of_few_seeds_holds_the_truth(number, percent):
+    """The README says so; 1000 experiments tell it to a percent."""
+    experiments = np.random.default_rng(0).normal(size=(1000, number))
+    intervals = np.array([compare.bootstrap_interval(seeds) for seeds in experiments])
+    is_inside = (intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)
+    assert abs(100 * is_inside.mean() - percent) <= 1
+
+
 def test_smooth_takes_the_mean_within_half_a_window():
     steps = np.array([0.0, 10, 20, 30, 100])
     assert compare.smooth(steps, np.array([1.0, 3, 5, 10, 7]), 20).tolist() == [2, 3, 6, 7.5, 7]
