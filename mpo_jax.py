@@ -32,15 +32,20 @@ Optimization", arXiv 2005.07513 (MO-MPO), for the penalty on actions out of boun
             y = r + γ mean Q'(s', aⱼ), but y = r where s' is terminal
             minimise  mean (Q(s, a) - y)²
             E-step: minimise  η ε + η mean log mean exp(Q'(s', aⱼ) / η)  over η;  wⱼ = softmax Q'(s', aⱼ) / η
+                with the action penalty the same for -‖aⱼ - clip aⱼ‖, its own η and ε; wⱼ is the sum of both
             M-step: maximise  mean Σ wⱼ log π(aⱼ|s')  over π, with the KL from π' to π at most ε_μ for its means and
                 ε_Σ for its covariances: α_μ and α_Σ, learned, are the prices of these
             move π', Q' by the fraction τ towards π, Q
 
-These choices leave the papers. The states of both steps are the next ones of the minibatch, where Acme's TensorFlow MPO
-takes the same states for both too: the critic's targets and the weights then share the S·B values of Q', most of an
-update's work. The target networks follow by τ at every update and not by a copy at every hundredth; the KLs are to the
-target policy, so that τ sets the pace of the policy too. Targets are of one step (`--gamma` alone, no Retrace),
-constraints are of each dimension of an action (`--per-dim-kl`, as Acme has it), and π acts, not π'.
+These choices leave the papers:
+
+- The actions are sampled in the next states of the minibatch (as in Acme's TensorFlow MPO): so the critic's targets and
+  the weights share the S·B values of Q', most of an update's work.
+- The targets follow by τ at every update; MPO copies the networks after each M-step, Acme at every hundredth update.
+  The KLs are to the target policy, so that τ sets the pace of the policy too.
+- The critic's targets are of one step: no Retrace.
+- The KLs are held in each dimension of an action (as in Acme; `--no-per-dim-kl` holds their sum).
+- π acts (in Acme's TensorFlow MPO π').
 
 Shapes: N environments, B samples of a minibatch, S actions sampled in each state, C critics, K objectives (Q and the
 action penalty), U updates in one compiled call, O observation, A dimensions of an action. The policy is a Gaussian
@@ -127,11 +132,13 @@ class Config:
     tau: Fraction = 0.005  # τ, how far the targets move towards their networks, and with them the policy
     num_critics: Count = 1  # C, critics; of several the minimum counts
     num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
-    temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # to the optimum: compiled, scipy's; or one step
-    epsilon: Positive = 0.1  # ε, KL from the samples' weights to even ones
-    epsilon_mean: Positive = 1e-2  # ε_μ, KL that the policy's means may make
-    epsilon_cov: Positive = 1e-4  # ε_Σ, KL that its covariances may make
-    per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ, or the sum over them
+    temperature_solver: Literal["newton", "slsqp", "adam"] = (
+        "newton"  # newton (compiled) and slsqp (scipy): to the optimum; adam: one step
+    )
+    epsilon: Positive = 0.1  # ε, KL from the weights of the samples to uniform ones
+    epsilon_mean: Positive = 1e-2  # ε_μ, most KL(π' ‖ π) by the means, averaged over states
+    epsilon_cov: Positive = 1e-4  # ε_Σ, most KL(π' ‖ π) by the covariances, likewise
+    per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ; else their sum, which needs larger ones
     action_penalty: bool = True  # pull actions into [-1, 1], by a second objective
     epsilon_penalty: Positive = 1e-3  # ε of the action penalty
     hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the layers, ReLU but for a tanh after the first
@@ -229,7 +236,7 @@ class Critic(nn.Module):
 def mlp(x: Tensor, *sizes: int) -> Tensor:
     """Linear layers, ReLU between them but for the first: after it layer normalisation and tanh, as in REPI and Acme.
 
-    So observations of any scale become ±1, and do not carry the means, which no tanh bounds, away with them.
+    That bounds the first layer: large observations cannot carry the means, which no tanh bounds, away with them.
     Weights begin uniform in ±1/√inputs, biases 0.
     """
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -268,7 +275,7 @@ class Samples(NamedTuple):
 
 
 class Multipliers(NamedTuple):
-    """Of the constraints on the KL, for each dimension (A,) or for their sum (); kept before `positive`"""
+    """Of the constraints on the KL, for each dimension (A,) or for their sum (); what `positive` makes α of"""
 
     mean: Tensor
     cov: Tensor
@@ -288,7 +295,7 @@ class Learner(NamedTuple):
     critics: Critics
     target_actor: Network
     target_critics: Critics
-    temperatures: Tensor  # η of each objective, (K,), before `positive`
+    temperatures: Tensor  # what `positive` makes η of, one for each objective (K,)
     multipliers: Multipliers
     optimizer: Optimizers
 
@@ -339,13 +346,13 @@ def action_cost(actions: Tensor) -> Tensor:
 def temperature_dual(temperature: Tensor, values: Tensor, epsilon: float) -> Tensor:
     """g(η) = η ε + η mean log mean exp(Q / η) (MPO eq. 9), () from values (S, B): log over the mean of samples
 
-    It is convex; its minimum holds the KL from the weights to even ones, mean over states, at ε.
+    It is convex; its minimum holds the KL from the weights to uniform ones, mean over states, at ε.
     """
     log_means = jax.nn.logsumexp(values / temperature, 0) - math.log(len(values))  # (B,)
     return temperature * (epsilon + log_means.mean())
 
 
-def without_best(values: Tensor) -> Tensor:
+def minus_best(values: Tensor) -> Tensor:
     """(S, B) less the best of each state: the same weights and best temperature, of numbers that are rounded less"""
     return values - values.max(0)
 
@@ -356,7 +363,7 @@ def sample_weights(temperature: Tensor, values: Tensor) -> Tensor:
 
 
 def weights_kl(temperature: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """KL from the weights to even ones, mean over states, and its derivative by log η, () each
+    """KL from the weights to uniform ones, mean over states, and its derivative by log η, () each
 
     The KL is Σ wⱼ log(S wⱼ) = ε - g'(η). Its derivative is minus the variance of Q / η, or of log w, under the weights.
     """
@@ -373,7 +380,7 @@ def optimal_temperature(values: Tensor, epsilon: float, start: Tensor) -> Tensor
     Newton step that leaves the bracket or does not halve the one before gives way to bisection, so that it always
     converges. A range R of the values in a state gives a KL of at most R² / 8η² (Hoeffding): so begins the bracket.
     """
-    values = without_best(values)
+    values = minus_best(values)
     ranges = -values.min(0)  # (B,)
     low = jnp.full_like(start, math.log(MIN_DUAL))
     high = jnp.maximum(low, 0.5 * jnp.log((ranges**2).mean() / (8 * epsilon)))
@@ -405,8 +412,8 @@ def log_density(actions: Tensor, policy: Gaussian) -> Tensor:
 def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gaussian) -> Tensor:
     """-mean Σ wⱼ (log N(aⱼ; μ, Σ') + log N(aⱼ; μ', Σ)), from (S, B) and (S, B, A)
 
-    The weighted maximum likelihood of MPO eq. 10, where either half of the policy has the other half of π' beside it:
-    a likely mean then needs no wide covariance, nor the other way round (REPI section 4.2).
+    The weighted maximum likelihood of MPO eq. 10, where each half of the policy is fitted beside the other half of π':
+    so Σ cannot shrink because μ moves (REPI section 4.2). The weights of each objective add up to 1 in each state.
     """
     log_densities = log_density(actions, Gaussian(policy.means, target.stds))
     log_densities += log_density(actions, Gaussian(target.means, policy.stds))
@@ -416,7 +423,7 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
 def kl_mean(policy: Gaussian, target: Gaussian) -> Tensor:
     """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A)
 
-    MPO eq. 27 and REPI section 4.2; the former prints the names C_μ and C_Σ the other way round.
+    MPO eq. 27 (which prints the names C_μ and C_Σ the other way round) with Σ' for Σ, as REPI section 4.2 and Acme.
     """
     return 0.5 * ((policy.means - target.means) / target.stds) ** 2
 
@@ -428,8 +435,9 @@ def kl_cov(policy: Gaussian, target: Gaussian) -> Tensor:
 
 
 def multipliers_loss(multipliers: Multipliers, kls: Multipliers, limits: Multipliers) -> Tensor:
-    """Σ α (ε - KL), the part of the Lagrangian (MPO eq. 12) that α minimises: a KL above its ε raises the price."""
-    return sum(jax.tree.map(lambda x, kl, limit: (positive(x) * (limit - kl)).sum(), multipliers, kls, limits))
+    """Σ α (ε - KL), what α minimises of the Lagrangian (MPO appendix D.3): a KL above its ε raises its price."""
+    alphas = jax.tree.map(positive, multipliers)
+    return (alphas.mean * (limits.mean - kls.mean)).sum() + (alphas.cov * (limits.cov - kls.cov)).sum()
 
 
 def positive(x: Tensor) -> Tensor:
@@ -487,7 +495,7 @@ def solve_by_slsqp(learner: Learner, values: Tensor, config: Config) -> Learner:
 
     options = {"jac": True, "method": "SLSQP", "bounds": [(MIN_DUAL, None)], "options": {"ftol": 1e-9}}
     starts = np.asarray(positive(learner.temperatures))
-    objectives = zip(map(without_best, values), epsilons(config), strict=True)
+    objectives = zip(map(minus_best, values), epsilons(config), strict=True)
     optimal = [minimize(dual, x, args=args, **options).x[0] for x, args in zip(starts, objectives, strict=True)]
     return learner._replace(temperatures=before_positive(jnp.array(optimal, starts.dtype)))
 
@@ -526,12 +534,12 @@ def actor_gradient(
 ) -> tuple[Network, Tensor, Gaussian]:
     """-> gradient of the policy's loss, the loss, π(·|s'). The weights of the objectives add up, as in Acme."""
     weights = sum(map(sample_weights, positive(learner.temperatures), samples.values))  # (S, B)
-    prices = jax.tree.map(positive, learner.multipliers)
+    alphas = jax.tree.map(positive, learner.multipliers)
 
     def loss_of(actor: Network) -> tuple[Tensor, Gaussian]:
         policy = Gaussian(*actor(batch.next_observations))
         kls = divergences(policy, samples.policy, config)
-        penalty = sum(jax.tree.leaves(jax.tree.map(lambda price, kl: (price * kl).sum(), prices, kls)))
+        penalty = (alphas.mean * kls.mean).sum() + (alphas.cov * kls.cov).sum()
         return actor_loss(weights, samples.actions, policy, samples.policy) + penalty, policy
 
     (loss, policy), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.actor)
@@ -553,8 +561,8 @@ def policy_metrics(
     """The fields of Metrics from the temperature on"""
     temperature = positive(learner.temperatures[0])
     error = jnp.abs(temperature / optimal_temperature(samples.values[0], config.epsilon, temperature) - 1)
-    prices = jax.tree.map(positive, learner.multipliers)
-    means = map(jnp.mean, (*kls, *prices, policy.stds, action_cost(samples.actions)))
+    alphas = jax.tree.map(positive, learner.multipliers)
+    means = map(jnp.mean, (*kls, *alphas, policy.stds, action_cost(samples.actions)))
     return temperature, error, *means
 
 
@@ -583,7 +591,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    timed_loss = partial(timed, "loss", timed)
+    timed_loss = partial(timed, "loss", timed)  # clocked twice: as the loss and as a part of it
     samples = timed_loss("loss/critic", sample_values, learner, batch, config)
     gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, samples, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
@@ -704,7 +712,7 @@ def train(config: Config) -> Result:
                 run.check(means)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.actor))
-                run.record(means, partial(samples, learner, buffer, config))
+                run.record(means, partial(histogram_samples, learner, buffer, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, buffer), rng)
                     # simulators are not saved: new episodes, here as in a run that is resumed here
@@ -791,7 +799,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     few = dataclasses.replace(config, buffer_size=capacity)
     buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
-    samples(learner, buffer, config)
+    histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
         batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
@@ -850,7 +858,7 @@ def copied(tree):
 
 
 # twin: td3_jax sac_jax mpo_jax
-def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
+def histogram_samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
     newest = buffer.newest(config.log_interval // config.action_repeat)
     actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])

@@ -678,7 +678,7 @@ def train(config: Config) -> Result:
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
-                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(histogram_samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
@@ -893,7 +893,7 @@ def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
 
 
 # twin: ppo_mlx ppo_jax ppo_lstm_jax
-def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
+def histogram_samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
     """What the record has a histogram of, or a picture"""
     images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
     return images | {name: np.asarray(getattr(batch, name)) for name in ("actions", "advantages", "values")}

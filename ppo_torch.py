@@ -532,7 +532,7 @@ def train(config: Config) -> Result:
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.agent))
-                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, rollout, batch))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(histogram_samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
@@ -611,7 +611,7 @@ def to_tensors(agent: Agent, *arrays: np.ndarray) -> list[Tensor]:
     return [x.to(weight.dtype) if x.is_floating_point() or x.dtype == torch.bool else x for x in tensors]
 
 
-def samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
+def histogram_samples(rollout: Rollout, batch: Batch) -> dict[str, np.ndarray]:
     """What the record has a histogram of, or a picture"""
     images = {"observation": rollout.observations[-1, 0, -1]} if rollout.observations.dtype == np.uint8 else {}
     return images | {name: getattr(batch, name).numpy(force=True) for name in ("actions", "advantages", "values")}

@@ -365,7 +365,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    timed_loss = partial(timed, "loss", timed)
+    timed_loss = partial(timed, "loss", timed)  # clocked twice: as the loss and as a part of it
     gradient, critics_loss, q_mean, alpha = timed_loss("loss/critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
     gradient, policy_loss, log_probs, entropy = timed_loss("loss/actor", actor_gradient, learner, batch, config)
@@ -486,7 +486,7 @@ def train(config: Config) -> Result:
                 run.check(means)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.actor))
-                run.record(means, partial(samples, learner, buffer, config))
+                run.record(means, partial(histogram_samples, learner, buffer, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, buffer), rng)
                     # simulators are not saved: new episodes, here as in a run that is resumed here
@@ -564,7 +564,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     few = dataclasses.replace(config, buffer_size=capacity)
     buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
-    samples(learner, buffer, config)
+    histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
         batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
@@ -620,7 +620,7 @@ def copied(tree):
 
 
 # twin: td3_jax sac_jax mpo_jax
-def samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
+def histogram_samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
     newest = buffer.newest(config.log_interval // config.action_repeat)
     actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])

@@ -434,7 +434,7 @@ def train(config: Config) -> Result:
                 run.check(metrics)
                 if run.is_due(config.eval_interval):
                     run.evaluate(partial(act, learner.policy))
-                run.record(metrics | {"charts/learning_rate": rate}, partial(samples, learner, batch, config))
+                run.record(metrics | {"charts/learning_rate": rate}, partial(histogram_samples, learner, batch, config))
                 if run.is_due(config.checkpoint_every):
                     run.save_checkpoint(partial(state, learner, envs), rng)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
@@ -539,7 +539,7 @@ def to_tensors(network: nn.Module, arrays: Any) -> Any:
     return mapped(to_tensor, arrays)
 
 
-def samples(learner: Learner, batch: Batch, config: Config) -> dict[str, np.ndarray]:
+def histogram_samples(learner: Learner, batch: Batch, config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of, after the update; a part of an action goes by its place, as actions/arm/0"""
     values, advantages, _ = targets(learner.critic, Batch(*to_tensors(learner.critic, batch)), config)
     arrays = {"advantages": advantages.numpy(force=True), "values": values.numpy(force=True)}

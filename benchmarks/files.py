@@ -1,8 +1,9 @@
-"""The files of the benchmarks: a line with the command, versions and machine, then CSV."""
+"""The files of the benchmarks: a line with the command, versions and machine, then CSV. And a cell of their tables."""
 
 import csv
 import os
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,3 +25,7 @@ def caption(path: Path) -> str:
 def load(path: Path) -> list[list[str]]:
     """The rows without their header"""
     return list(csv.reader(path.read_text().splitlines()[1:]))[1:]
+
+
+def median_and_range(values: Sequence[float], style: str) -> str:
+    return f"{statistics.median(values):{style}} ({min(values):{style}} to {max(values):{style}})"

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
 from benchmarks.speed import SUITES, measure_ours  # noqa: E402
+from compare import markdown  # noqa: E402
 
 SB3_STEPS = 100_000
 VERSIONS = ("stable-baselines3", "torch", "jax", "gymnax", "gymnasium", "numpy")
@@ -109,19 +110,17 @@ def recorded(path: Path) -> list[Row]:
 def markdown_table(rows: list[Row]) -> str:
     """Medians over the repeats, of steps per second and of the ratios to SB3 in the same repeat"""
     sb3 = {row.repeat: row.steps_per_second for row in rows if not row.is_ours}
-    lines = ["| | environments | devices | seeds | steps/s, median (min to max) | ratio to SB3 | memory, MiB |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    header = ["", "environments", "devices", "seeds", "steps/s, median (min to max)", "ratio to SB3's 4", "memory, MiB"]
+    lines = []
     for which in dict.fromkeys(row[1:5] for row in rows):
         same = [row for row in rows if row[1:5] == which]
         speeds = [row.steps_per_second for row in same]
         ratios = [row.steps_per_second / sb3[row.repeat] for row in same]
         *numbers, is_ours = which
         cells = ["`ppo_jax.py`, gymnax" if is_ours else "SB3 (PyTorch)", *map(str, numbers)]
-        cells.append(f"{statistics.median(speeds):,.0f} ({min(speeds):,} to {max(speeds):,})")
-        cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
-        cells.append(f"{statistics.median(row.mebibytes for row in same):,.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells += [files.median_and_range(speeds, ",.0f"), files.median_and_range(ratios, ".1f")]
+        lines.append([*cells, f"{statistics.median(row.mebibytes for row in same):,.0f}"])
+    return markdown(header, lines)
 
 
 def draw(rows: list[Row], path: Path) -> None:

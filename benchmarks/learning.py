@@ -3,7 +3,8 @@
 python benchmarks/learning.py                          prints the table from results/learning_*.csv
 python benchmarks/learning.py --run cartpole           trains every script and seed of a row into
                                                        runs/learning/cartpole, records them in
-                                                       results/learning_cartpole_<script>.csv, draws the figures
+                                                       results/learning_cartpole_<script>.csv, draws the figures;
+                                                       given again, it goes on with runs that were cut off
 python benchmarks/learning.py --run cartpole --scripts ppo_jax      the same for one script
 """
 
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -224,15 +226,19 @@ class Config:
 
 def train(name: str, script: str, jobs: int) -> None:
     folder = ROOT / "runs" / "learning" / name / script
-    waiting, running = [ROWS[name].first_seed + k for k in range(ROWS[name].seeds)], []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            seed = str(waiting.pop(0))
-            command = [sys.executable, f"{script}.py", *ROWS[name].flags.split(), "--seed", seed]
-            running.append(subprocess.Popen([*command, "--run-dir", folder / f"seed_{seed}"], cwd=ROOT))
-        process = running.pop(0)
-        if process.wait():
-            raise SystemExit(f"{' '.join(map(str, process.args))} failed")
+
+    def train_seed(seed: int) -> None:
+        run_dir = folder / f"seed_{seed}"
+        if (run_dir / "model.safetensors").exists():
+            return  # it came to its end
+        flags = [*ROWS[name].flags.split(), "--seed", str(seed), "--run-dir", run_dir]
+        if (run_dir / "config.json").exists():
+            flags = ["--resume", run_dir]
+        subprocess.run([sys.executable, f"{script}.py", *flags], cwd=ROOT, check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        first = ROWS[name].first_seed
+        list(pool.map(train_seed, range(first, first + ROWS[name].seeds)))  # raises what they raised
     with tempfile.TemporaryDirectory() as figures:  # those of one script are not kept
         arguments = [folder, "--save", recorded(name, script), "--output", figures]
         subprocess.run([sys.executable, "compare.py", *arguments], cwd=ROOT, check=True)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
-from compare import SCRIPT_COLOURS  # noqa: E402
+from compare import SCRIPT_COLOURS, markdown  # noqa: E402
 
 RESULTS, FIGURE = ROOT / "results" / "long_runs.csv", ROOT / "images" / "long_runs.png"
 OFF_POLICY = {"td3_jax", "sac_jax", "mpo_jax"}
@@ -106,16 +106,14 @@ def slope(samples: list[Sample], what: str) -> float:
 
 
 def markdown_table(runs: dict[str, list[Sample]]) -> str:
-    lines = [
-        "| script | minutes | memory, MiB | MiB a minute | open files | threads | compilations |",
-        "|---" * 7 + "|",
-    ]
+    header = ["script", "minutes", "memory, MiB", "MiB a minute", "open files", "threads", "compilations"]
+    lines = []
     for script, samples in runs.items():
         middle, last = samples[len(samples) // 2], samples[-1]
         counts = (f"{getattr(middle, what):.0f} → {getattr(last, what):.0f}" for what in list(PANELS)[1:])
-        memory = f"{middle.memory:.0f} → {last.memory:.0f} | {slope(samples, 'memory'):+.2f}"
-        lines.append(f"| `{script}` | {last.seconds / 60:.0f} | {memory} | {' | '.join(counts)} |")
-    return "\n".join(lines)
+        memory = f"{middle.memory:.0f} → {last.memory:.0f}", f"{slope(samples, 'memory'):+.2f}"
+        lines.append([f"`{script}`", f"{last.seconds / 60:.0f}", *memory, *counts])
+    return markdown(header, lines)
 
 
 def draw(runs: dict[str, list[Sample]]) -> Figure:

@@ -80,7 +80,7 @@ def markdown_table(seconds: dict[str, list[float]], distance: dict[str, tuple[fl
         "distance from η*, mean (largest)",
         "Pendulum-v1, 50k",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for name, values in seconds.items():
         mean, largest = distance[name]
         cells = [
@@ -88,9 +88,9 @@ def markdown_table(seconds: dict[str, list[float]], distance: dict[str, tuple[fl
             f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}",
         ]
         path = learning.recorded(f"mpo_pendulum_{name}", "mpo_jax")
-        cells += [f"{mean:.1e} ({largest:.1e})", compare.estimate(compare.read_csv(path), "evaluation_return")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        runs = compare.read_csv(path) if path.exists() else []
+        lines.append([*cells, f"{mean:.1e} ({largest:.1e})", compare.estimate(runs, "evaluation_return")])
+    return compare.markdown(header, lines)
 
 
 def main(config: Config) -> None:

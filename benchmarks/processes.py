@@ -5,7 +5,7 @@
 
 Each process has its own environments, so two collect twice the batch of one between two updates. The contestants take
 turns, and each ratio compares runs of the same turn. Steps per second are those of the run's own record after the
-first row: everything but compilation, evaluations and checkpoints.
+first row: everything but compilation, evaluations, checkpoints and probes.
 """
 
 import statistics
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
 from benchmarks.records import config_and_rows  # noqa: E402
+from compare import markdown  # noqa: E402
 
 SCRIPTS = ("vpg_torch.py", "ppo_torch.py")
 ENVIRONMENTS = ("CartPole-v1", "HalfCheetah-v5")
@@ -48,15 +49,14 @@ def measure(script: str, env_id: str, processes: int, total_timesteps: int) -> f
 def markdown_table(rows: list[tuple[int, str, str, int, int]]) -> str:
     """Medians over the repeats, of steps per second and of the ratios in the same repeat"""
     speed = {(repeat, *contestant): value for repeat, *contestant, value in rows}
-    lines = ["| script | environment | steps/s, 1 process | 2 processes | ratio |", "|---|---|---|---|---|"]
+    lines = []
     for script, env_id in dict.fromkeys((script, env_id) for _, script, env_id, _, _ in rows):
         repeats = sorted({repeat for repeat, *contestant in speed if contestant[:2] == [script, env_id]})
         one, two = ([speed[repeat, script, env_id, number] for repeat in repeats] for number in (1, 2))
         ratios = [b / a for a, b in zip(one, two, strict=True)]
         medians = (f"{statistics.median(x):,.0f}" for x in (one, two))
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"| `{script}` | {env_id} | {' | '.join(medians)} | {ratio} |")
-    return "\n".join(lines)
+        lines.append([f"`{script}`", env_id, *medians, files.median_and_range(ratios, ".2f")])
+    return markdown(["script", "environment", "steps/s, 1 process", "2 processes", "ratio"], lines)
 
 
 def read(path: Path) -> list[tuple[int, str, str, int, int]]:

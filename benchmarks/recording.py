@@ -3,7 +3,8 @@
     python benchmarks/recording.py                    writes results/recording.csv and prints the table
     python benchmarks/recording.py --repeats 1        a quick look
 
-Each script is a process of its own, in which runs of either kind take turns; each cost compares the two runs of a turn.
+Each script is a process of its own, in which runs of either kind take turns after one of each that does not count; the
+one that begins a turn ends the next. Each cost compares the two runs of a turn.
 Seconds are those of the loop after compilation, without evaluation, checkpoints and model. A run with neither has
 `--timing-interval 0`, and only drops what would be recorded. Off-policy an iteration has 100 steps here, for one in
 twenty to be timed in a short run; by default it has 1000, which are recorded for the price of 100.
@@ -27,6 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
+from compare import markdown  # noqa: E402
 
 CARTPOLE = {"env_id": "CartPole-v1"}
 HALFCHEETAH = {"env_id": "HalfCheetah-v5", "learning_starts": 1000, "total_timesteps": 3000, "log_interval": 100}
@@ -82,14 +84,13 @@ def loop_seconds(script: str, is_recorded: bool) -> float:
 
 def markdown_table(rows: list[tuple[int, str, float, float]]) -> str:
     """Medians over the turns, of the seconds of a loop and of what recording and timing add to the bare ones"""
-    lines = ["| script | environment | s, neither | s, both | cost of both |", "|---|---|---|---|---|"]
+    lines = []
     for script, flags in SCRIPTS.items():
         turns = [seconds for _, name, *seconds in rows if name == script]
         neither, both = (statistics.median(x) for x in zip(*turns, strict=True))
-        costs = [100 * (recorded / bare - 1) for bare, recorded in turns]
-        cost = f"{statistics.median(costs):.1f} % ({min(costs):.1f} to {max(costs):.1f})"
-        lines.append(f"| `{script}` | {flags['env_id']} | {neither:.2f} | {both:.2f} | {cost} |")
-    return "\n".join(lines)
+        costs = files.median_and_range([100 * (recorded / bare - 1) for bare, recorded in turns], ".1f")
+        lines.append([f"`{script}`", flags["env_id"], f"{neither:.2f}", f"{both:.2f}", costs])
+    return markdown(["script", "environment", "s, neither", "s, both", "cost of both, %"], lines)
 
 
 def read(path: Path) -> list[tuple[int, str, float, float]]:
@@ -98,8 +99,11 @@ def read(path: Path) -> list[tuple[int, str, float, float]]:
 
 def main(config: Config) -> None:
     if config.only:
-        for _ in range(config.repeats):
-            print("seconds", *(round(loop_seconds(config.only, is_recorded), 4) for is_recorded in (False, True)))
+        for turn in range(config.repeats + 1):
+            order = (False, True) if turn % 2 else (True, False)
+            seconds = {is_recorded: round(loop_seconds(config.only, is_recorded), 4) for is_recorded in order}
+            if turn:
+                print("seconds", seconds[False], seconds[True])
         return
     rows = []
     for script in SCRIPTS:

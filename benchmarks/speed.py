@@ -6,7 +6,8 @@
 
 Every measurement is a fresh process, the contestants of a suite take turns, and each ratio compares runs of the same
 turn. Ours is the whole run after compilation, with recording and timing at their defaults, as its own record has it:
-iterations, probes and checkpoints. A peer's is the wall clock of `learn` after a warm-up, without any recording, with
+iterations, probes and checkpoints. (An off-policy iteration is a twentieth of the run here, for one to be timed phase
+by phase as by default.) A peer's is the wall clock of `learn` after a warm-up, without any recording, with
 the number of torch's threads that is its fastest: one for the small networks of the first two suites, else all cores.
 The environments alone are those of the suite on the host, with random actions.
 """
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
 from benchmarks.records import config_and_rows  # noqa: E402
+from compare import markdown  # noqa: E402
 
 PEERS = ("stable-baselines3", "sb3-contrib", "sbx-rl")
 VERSIONS = (*PEERS, "torch", "jax", "mlx", "gymnax", "gymnasium", "mujoco", "numpy")
@@ -69,7 +71,8 @@ def measure_ours(script: str, steps: int, **flags) -> float:
     """Steps per second of a whole run (of many seeds: of one) after compilation, evaluation aside"""
     module = importlib.import_module(script)
     learning_starts = getattr(module.Config, "learning_starts", 0) and LEARNING_STARTS
-    flags |= {"learning_starts": learning_starts} if learning_starts else {}
+    if learning_starts:
+        flags |= {"learning_starts": learning_starts, "log_interval": steps // 20}
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         steps += learning_starts
@@ -132,6 +135,10 @@ def recurrent_ppo() -> Suite:
     }
     ours = {
         "`ppo_lstm_jax.py`": partial(measure_ours, "ppo_lstm_jax", num_envs=8),
+        # sb3-contrib's gradient goes back to the beginning of the episode or of the rollout
+        "`ppo_lstm_jax.py --sequence-length 128`": partial(
+            measure_ours, "ppo_lstm_jax", num_envs=8, sequence_length=128
+        ),
         "`ppo_lstm_jax.py`, gymnax": partial(measure_ours, "ppo_lstm_jax", num_envs=8, env_id="gymnax/CartPole-v1"),
     }
     return Suite("recurrent PPO on CartPole-v1, 8 environments, LSTMs of 64", 100_000, 20_000, references, ours)
@@ -217,18 +224,17 @@ def markdown_table(rows: list[Row], references: list[str]) -> str:
     """Over the turns: medians of steps per second and of the ratios to each reference in the same turn; mean seconds"""
     speed = {(row.repeat, row.contestant): row.steps_per_second for row in rows}
     titles = ["", "steps/s, median (min to max)", "s / 1000 steps, mean ± std", *(f"speed / {x}" for x in references)]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for contestant in dict.fromkeys(row.contestant for row in rows):
         turns = {repeat: value for (repeat, name), value in speed.items() if name == contestant}
         speeds, seconds = list(turns.values()), [1000 / value for value in turns.values()]
-        cells = [contestant, f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"]
+        cells = [contestant, files.median_and_range(speeds, ",.0f")]
         cells.append(f"{statistics.mean(seconds):.3g} ± {statistics.stdev(seconds) if len(seconds) > 1 else 0:.1g}")
         for reference in references:
             ratios = [value / speed[repeat, reference] for repeat, value in turns.items()]
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            cells.append("1" if contestant == reference else ratio)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells.append("1" if contestant == reference else files.median_and_range(ratios, ".2f"))
+        lines.append(cells)
+    return markdown(titles, lines)
 
 
 if __name__ == "__main__":

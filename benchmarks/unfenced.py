@@ -24,6 +24,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
+from compare import markdown  # noqa: E402
 
 SCRIPTS = ("ppo_torch", "ppo_jax", "ppo_mlx")
 PHASES = ("gae", "shuffle", "loss", "kl", "weight_update", "other")
@@ -63,11 +64,13 @@ def measure(script: str, iterations: int) -> dict[tuple[str, str], float]:
 
 
 def markdown_table(found: dict[tuple[str, str, str], float]) -> str:
-    lines = [f"| ms of an update: fenced / unfenced | {' | '.join(PHASES)} |", "|---" * (len(PHASES) + 1) + "|"]
-    for script in SCRIPTS:
-        cells = [f"{found[script, phase, 'fenced']:.2f} / {found[script, phase, 'unfenced']:.2f}" for phase in PHASES]
-        lines.append(f"| {script} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    ways = "fenced", "unfenced"
+    cells = {
+        script: [" / ".join(f"{found[script, phase, way]:.2f}" for way in ways) for phase in PHASES]
+        for script in SCRIPTS
+    }
+    header = [f"ms of an update: {' / '.join(ways)}", *PHASES]
+    return markdown(header, [[script, *cells[script]] for script in SCRIPTS])
 
 
 def read(path: Path) -> dict[tuple[str, str, str], float]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
 from benchmarks.unfenced import ready  # noqa: E402
+from compare import markdown  # noqa: E402
 
 CONTESTANTS = ("ppo_torch", "ppo_torch --num-threads 2", "ppo_torch --compile", "ppo_jax", "ppo_mlx")
 WIDTHS = {64: 40, 256: 15, 1024: 3}  # iterations of each
@@ -52,12 +53,12 @@ def measure(contestant: str, width: int, iterations: int) -> dict[str, float]:
 
 def markdown_table(rows: list[tuple[str, int, str, float]]) -> str:
     milliseconds = {row[:3]: row[3] for row in rows}
-    lines = [f"| width | script (ms an iteration) | {' | '.join(PHASES)} |", "|---" * (len(PHASES) + 2) + "|"]
-    for width in WIDTHS:
-        for contestant in CONTESTANTS:
-            cells = [f"{milliseconds[contestant, width, phase]:.1f}" for phase in PHASES]
-            lines.append(f"| {width} | {contestant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [
+        [str(width), contestant, *(f"{milliseconds[contestant, width, phase]:.1f}" for phase in PHASES)]
+        for width in WIDTHS
+        for contestant in CONTESTANTS
+    ]
+    return markdown(["width", "script (ms an iteration)", *PHASES], lines)
 
 
 def read(path: Path) -> list[tuple[str, int, str, float]]:

@@ -969,7 +969,7 @@ def write(rows: list[Row]) -> None:
 
 def markdown_table(rows: list[Row]) -> str:
     """How many times each fault was tried on each script; where not all held, how many did"""
-    lines = ["| what was tried | " + " | ".join(f"`{name}`" for name in SCRIPTS) + " |", "|---" * 9 + "|"]
+    lines = []
     found = {(row.script, row.fault): row for row in rows}
     for a_fault in FAULTS:
         cells = [found.get((name, a_fault.name)) for name in SCRIPTS]
@@ -978,8 +978,8 @@ def markdown_table(rows: list[Row]) -> str:
             for row in cells
         ]
         if any(texts):
-            lines.append(f"| {a_fault.name} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+            lines.append([a_fault.name, *texts])
+    return compare.markdown(["what was tried", *(f"`{name}`" for name in SCRIPTS)], lines)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_speed_ratios_compare_neighbours_in_time(tmp_path):
     assert speed.read(tmp_path / "rows.csv") == rows
     assert speed.markdown_table(rows, ["alone", "a peer"]).splitlines() == [
         "|  | steps/s, median (min to max) | s / 1000 steps, mean ± std | speed / alone | speed / a peer |",
-        "|---|---|---|---|---|",
+        "| --- | --- | --- | --- | --- |",
         "| a peer | 75 (50 to 100) | 15 ± 7 | 0.30 (0.10 to 0.50) | 1 |",
         "| alone | 350 (200 to 500) | 3.5 ± 2 | 1 | 6.00 (2.00 to 10.00) |",
         "| `ours` | 175 (150 to 200) | 5.83 ± 1 | 0.65 (0.30 to 1.00) | 2.50 (2.00 to 3.00) |",
@@ -105,7 +105,7 @@ def test_widths_table_in_the_readme_is_that_of_the_records():
 def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
     monkeypatch.setattr(recording, "SCRIPTS", {"ppo_jax": {"env_id": "A"}})
     rows = [(0, "ppo_jax", 10.0, 11.0), (1, "ppo_jax", 20.0, 24.0), (2, "ppo_jax", 40.0, 40.0)]
-    expected = "| `ppo_jax` | A | 20.00 | 24.00 | 10.0 % (0.0 to 20.0) |"
+    expected = "| `ppo_jax` | A | 20.00 | 24.00 | 10.0 (0.0 to 20.0) |"
     assert recording.markdown_table(rows).splitlines()[2:] == [expected]
 
 
