@@ -2,13 +2,16 @@
 
 import contextlib
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from types import ModuleType
+from unittest import mock
 
 import jax
 import mlx.core as mx
 import numpy as np
+import pytest
 import torch
 from jax.flatten_util import ravel_pytree
 
@@ -59,6 +62,25 @@ def named(module: ModuleType, learner, gradient) -> dict[str, np.ndarray]:
     else:
         torch.nn.utils.vector_to_parameters(gradient, learner.agent.parameters())
     return {name: x for name, x in module.to_numpy(learner).items() if not name.startswith("optimizer.")}
+
+
+def compilations(module: ModuleType, config, caplog: pytest.LogCaptureFixture) -> tuple[list[str], list[str]]:
+    """What a whole run compiles, by name: before the clock starts, and after"""
+    found = []
+
+    def names() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        return [x[1] for message in messages if (x := re.search(r"Finished XLA compilation of jit\((\w+)\)", message))]
+
+    class Noted(module.Run):
+        def iterations(self) -> Iterator[int]:
+            for iteration in super().iterations():
+                found.append(len(names()))
+                yield iteration
+
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"), mock.patch.object(module, "Run", Noted):
+        module.train(config)
+    return names()[: found[0]], names()[found[0] :]
 
 
 def unfinished_zero(module: ModuleType):

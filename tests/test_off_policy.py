@@ -20,7 +20,7 @@ import mpo_jax
 import sac_jax
 import td3_jax
 from benchmarks.records import config_and_rows
-from tests.backends import unfinished_zero
+from tests.backends import compilations, unfinished_zero
 from tests.test_ppo_torch import assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,
@@ -52,17 +52,23 @@ def sizes(observation_dim: int = 3, action_dim: int = 2) -> SimpleNamespace:
     return SimpleNamespace(observation_dim=observation_dim, action_dim=action_dim)
 
 
-def random_batch(
-    module: ModuleType, config, updates: range, observation_dim: int = 3, action_dim: int = 2, seed: int = 0
-):
-    """As `sample_batch` makes it, of transitions at random"""
-    rng = np.random.default_rng(seed)
+def random_buffer(module: ModuleType, config, rng: np.random.Generator, observation_dim: int = 3, action_dim: int = 2):
+    """Of a hundred transitions"""
     buffer = module.ReplayBuffer(dataclasses.replace(config, total_timesteps=200), 1, observation_dim, action_dim)
     for _ in range(100):
         observations, next_observations = rng.standard_normal((2, 1, observation_dim))
         actions, terminated = rng.uniform(-1, 1, (1, action_dim)), rng.random(1) < 0.3
         ends = next_observations[~terminated]
         buffer.add(observations, actions, rng.standard_normal(1), terminated, ~terminated, next_observations, ends)
+    return buffer
+
+
+def random_batch(
+    module: ModuleType, config, updates: range, observation_dim: int = 3, action_dim: int = 2, seed: int = 0
+):
+    """As `sample_batch` makes it, of transitions at random"""
+    rng = np.random.default_rng(seed)
+    buffer = random_buffer(module, config, rng, observation_dim, action_dim)
     return module.sample_batch(buffer, updates, config, rng)
 
 
@@ -272,6 +278,27 @@ def test_repeated_actions_count_as_steps(module, tmp_path):
 # --------------------------------------------------------------------------------------------------------- updates
 
 
+@each
+def test_the_noise_of_a_batch_is_of_its_own_everywhere(module):
+    """Standard Gaussian (TD3's times σ), other numbers in each update, sample and dimension, and in each array"""
+    config = configured(module, batch_size=256, **({"policy_noise": 0.25} if module is td3_jax else {}))
+    batch = random_batch(module, config, range(1, 41))
+    noises = [getattr(batch, name) for name in batch._fields if "noise" in name]
+    assert len(noises) == (2 if module is sac_jax else 1)
+    for noise in noises:
+        shape = (config.num_action_samples, 256, 2) if module is mpo_jax else (256, 2)
+        assert noise.shape == (40, *shape) and noise.dtype == np.float32
+        std, count = 0.25 if module is td3_jax else 1.0, noise.size
+        assert abs(noise.mean()) < 5 * std / math.sqrt(count)  # five standard errors, here and below
+        assert abs(noise.std() / std - 1) < 5 / math.sqrt(2 * count)
+        assert len(np.unique(noise)) > 0.99 * count  # float32 has few numbers to itself near 0
+    rng = np.random.default_rng(0)
+    buffer = random_buffer(module, config, rng)
+    first, second = (module.sample_batch(buffer, range(1, 2), config, rng) for _ in range(2))
+    assert np.isin(first.next_noise, second.next_noise).mean() < 0.01
+    assert all(not np.array_equal(one, two) for one, two in itertools.combinations(noises, 2))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -347,16 +374,14 @@ def test_weights_begin_as_documented(module):
 
 @each
 def test_the_warm_up_compiles_all(module, tmp_path, caplog):
-    """No function is compiled twice by a run, nor any after the clock has started."""
+    """Nothing is compiled after the clock has started, and no phase twice: `descend` is one for each field."""
     flags = {"total_timesteps": 400, "timing_interval": 3, "eval_episodes": 1, "eval_interval": 80}
-    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
-        module.train(configured(module, **flags, checkpoint_interval=120, run_dir=str(tmp_path / "run")))
-    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
-    names = [re.search(r"jit\((\w+)\)", message)[1] for message in compiled]
+    flags |= {"checkpoint_interval": 120, "wandb_mode": "offline", "run_dir": str(tmp_path / "run")}
+    names, late = compilations(module, configured(module, **flags), caplog)
+    assert late == []
     own = [name for name in names if hasattr(module, name)]
-    assert "update" in own
+    assert {"update", "critic_gradient", "actor_gradient", "descend"} <= set(own)
     assert max(own.count(name) for name in set(own) - {"compiled_call", "compiled_policy", "descend"}) == 1, names
-    assert own.count("descend") == {td3_jax: 2, sac_jax: 3, mpo_jax: 2}[module], names  # once a field
 
 
 @each

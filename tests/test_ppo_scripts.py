@@ -20,8 +20,14 @@ import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
 from benchmarks.records import config_and_rows
-from tests.backends import unfinished_zero
-from tests.test_ppo_torch import PHASES, assert_times_add_up, watched_clock
+from tests.backends import compilations, unfinished_zero
+from tests.test_ppo_torch import (
+    PHASES,
+    assert_times_add_up,
+    assert_true_last_observations,
+    assert_written_down,
+    watched_clock,
+)
 from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, assert_resumes_to_the_bit
 
 OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
@@ -49,6 +55,21 @@ def model_after(module: ModuleType, directory: Path, **flags) -> dict[str, np.nd
     flags = {"total_timesteps": 3 * 64, "eval_episodes": 0, "wandb_mode": "disabled", **SMALL} | flags
     module.train(configured(module, run_dir=str(directory), **flags))
     return module.load_arrays(directory / "model.safetensors")[0]
+
+
+@pytest.mark.parametrize("ends", ["truncated", "terminated", "both"])
+@pytest.mark.parametrize("module", [ppo_mlx, ppo_jax], ids=lambda module: module.__name__)
+def test_rollouts_hold_the_true_last_observations(module, ends):
+    """Those of ppo_torch.py, and what is made of them, are in tests/test_ppo_torch.py, ppo_lstm_jax.py's in its own."""
+    config = known(module, "Counter", {"ends": ends}, num_envs=3, num_steps=11, num_minibatches=1)
+    with contextlib.closing(module.Environments(config, 3)) as envs:
+        envs.restart(0)
+        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
+        timed, collected, episodes = module.new_stopwatch(learner, config).fused, [], []
+        for _ in range(3):
+            collected.append(module.collect_rollout(learner.agent, envs, config, rng, timed))
+            episodes.append(envs.pop_episodes())
+    assert_true_last_observations(collected, assert_written_down(collected, episodes, ends))
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
@@ -140,6 +161,14 @@ def test_a_phase_ends_when_its_result_is_there(module):
         module.update(learner, rollout, config, rng, stopwatch.timed)
         lap = stopwatch.lap()
     assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
+
+
+@pytest.mark.parametrize("module", [ppo_jax, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_nothing_is_compiled_after_the_clock_has_started(module, tmp_path, caplog):
+    flags = {"total_timesteps": 640, "timing_interval": 3, "eval_interval": 160, "checkpoint_interval": 200}
+    flags |= {"norm_obs": True, "eval_episodes": 2, "run_dir": str(tmp_path / "run")}
+    names, late = compilations(module, known(module, "Counter", **flags), caplog)
+    assert late == [] and len(names) > 5
 
 
 @pytest.mark.clock

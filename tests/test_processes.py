@@ -1,6 +1,5 @@
 """torchrun: several processes of a PyTorch script learn as one would with all their data, and end as one."""
 
-import contextlib
 import json
 import os
 import signal
@@ -11,7 +10,7 @@ import pytest
 
 import ppo_torch
 import vpg_torch
-from tests.test_reliability import ROOT, Process, assert_same_model, checkpoints, step_of, wait_for
+from tests.test_reliability import DIES_IN, ROOT, Process, assert_same_model, checkpoints, step_of, wait_for
 from tests.torchrun_worker import COLUMNS, updated
 
 each = pytest.mark.parametrize("module", [ppo_torch, vpg_torch], ids=lambda module: module.__name__)
@@ -82,7 +81,8 @@ OF_SCRIPT = {
 
 @each
 def test_a_run_of_two_processes(module, tmp_path):
-    """One run directory, written by the first; killed and resumed it ends with the same bytes."""
+    """One run directory, written by the first. Where that one dies torchrun says so, and ends the other; resumed it
+    ends with the same bytes."""
     script, flags = ROOT / f"{module.__name__}.py", [*FLAGS, *OF_SCRIPT[module], "--checkpoint-interval", "320"]
     flags += ["--total-timesteps", "3200"]
     outcome = torchrun(tmp_path / "o1", 2, script, *flags, "--run-dir", tmp_path / "run").end()
@@ -93,12 +93,13 @@ def test_a_run_of_two_processes(module, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 1
     assert step_of(checkpoints(tmp_path / "run")[-1]) == 3200  # steps of both
 
-    killed = torchrun(tmp_path / "o2", 2, script, *flags, "--run-dir", tmp_path / "k")
-    wait_for(lambda: len(checkpoints(tmp_path / "k")) == 2, killed)
-    for pid in [*killed.children(), killed.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    killed.popen.wait()
+    (tmp_path / "dies.py").write_text(DIES_IN)
+    dying = tmp_path / "dies.py", "replace", "0960.safetensors", script
+    killed = torchrun(tmp_path / "o2", 2, *dying, *flags, "--run-dir", tmp_path / "k")
+    outcome = killed.end()
+    assert outcome.code == 1 and any("Signal 9 (SIGKILL)" in line for line in outcome.err), outcome
+    wait_for(lambda: not killed.children())
+    assert [step_of(path) for path in checkpoints(tmp_path / "k")] == [320, 640]
     assert not (tmp_path / "k/model.safetensors").exists()
     outcome = torchrun(tmp_path / "o3", 2, script, "--resume", tmp_path / "k").end()
     assert outcome.code == 0, outcome.err

@@ -134,13 +134,14 @@ def environment_variables(home: Path) -> dict[str, str]:
 
 
 def assert_resumes_to_the_bit(script: Path, folder: Path, *flags: str) -> None:
-    """kill -9 after the second checkpoint; the resumed run ends with the very bytes of one that was not killed."""
+    """Killed as it writes the third checkpoint, and resumed: the very bytes of a run that was not killed."""
     whole = Process(folder / "one", *flags, "--run-dir", folder / "whole", script=script)
     assert whole.end().code == 0
-    process = Process(folder / "two", *flags, "--run-dir", folder / "killed", script=script)
-    wait_for(lambda: len(checkpoints(folder / "killed")) == 2, process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.end().code == -signal.SIGKILL
+    third = 3 * int(flags[flags.index("--checkpoint-interval") + 1])
+    dying = "-c", DIES_IN, "replace", f"{third:012d}.safetensors"
+    killed = Process(folder / "two", *flags, "--run-dir", folder / "killed", script=script, prefix=dying)
+    assert killed.end().code == -signal.SIGKILL
+    assert [step_of(path) for path in checkpoints(folder / "killed")] == [third // 3, 2 * third // 3]
     assert not (folder / "killed/model.safetensors").exists()
     outcome = Process(folder / "three", "--resume", folder / "killed", script=script).end()
     assert outcome.code == 0 and outcome.err == []
@@ -212,11 +213,19 @@ def wandb_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("wandb/*run-*/run-*.wandb"))
 
 
-def assert_refused(outcome: Outcome, *words: str, module: ModuleType = ppo_torch) -> None:
-    assert outcome.code == 2, outcome
+def assert_one_line(outcome: Outcome, code: int, *words: str, module: ModuleType = ppo_torch) -> None:
+    assert outcome.code == code, outcome
     assert len(outcome.err) == 1 and outcome.err[0].startswith(f"{module.__name__}.py: "), outcome
     assert all(word in outcome.err[0] for word in words), (words, outcome.err)
+
+
+def assert_refused(outcome: Outcome, *words: str, module: ModuleType = ppo_torch) -> None:
+    assert_one_line(outcome, 2, *words, module=module)
     assert outcome.out == ""
+
+
+def assert_failed(outcome: Outcome, *words: str) -> None:
+    assert_one_line(outcome, 1, *words)
 
 
 # ------------------------------------------------------------------------------------------------------ kill -9, resume
@@ -308,6 +317,20 @@ def test_a_run_killed_from_outside_keeps_its_record_and_id(env_id, start, tmp_pa
     wait_for(lambda: not process.children())
     config = next(row["run"]["config"]["update"] for row in compare.inspect(second) if row["type"] == "run")
     assert config["resumed_at"] > 0
+
+
+def test_rows_that_the_record_lost_are_written_again(tmp_path, monkeypatch):
+    """W&B's own process writes what it got a second later, and may die with the run: the checkpoint has them too."""
+    monkeypatch.setattr(ppo_torch, "SECONDS_TO_WRITE_A_ROW", math.inf)  # else as many as this machine's speed decides
+    directory = tmp_path / "run"
+    flags = [*SMALL, "--total-timesteps", "192", "--checkpoint-interval", "96", "--timing-interval", "1"]
+    assert main(*flags, "--run-dir", directory).code == 0
+    checkpoints(directory)[-1].unlink()  # the end of the run; the one before is of step 96
+    shutil.rmtree(directory / "wandb")
+    assert main("--resume", directory, "--total-timesteps", "320").code == 0
+    (run,) = compare.read_directory(directory)
+    assert [row["global_step"] for row in run.rows] == list(range(32, LAST_STEP + 1, 32))
+    assert all("losses/policy_loss" in row for row in run.rows)
 
 
 def test_a_finished_run_goes_on_with_more_timesteps(tmp_path):
@@ -910,12 +933,6 @@ def test_a_missing_package(package, flags, start, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- not a number
-
-
-def assert_failed(outcome: Outcome, *words: str) -> None:
-    assert outcome.code == 1, outcome
-    assert len(outcome.err) == 1 and outcome.err[0].startswith("ppo_torch.py: "), outcome
-    assert all(word in outcome.err[0] for word in words), (words, outcome.err)
 
 
 def assert_finite(path: Path) -> None:

@@ -4,6 +4,9 @@ import re
 import statistics
 from pathlib import Path
 
+import numpy as np
+
+import compare
 from benchmarks import files, gymnax_speed, learning, long_runs, processes, recording, speed, unfenced, widths
 from tests import faults
 
@@ -16,6 +19,15 @@ def test_learning_table_in_the_readme_is_that_of_the_records():
     expected = {learning.recorded(name, script) for name, row in learning.ROWS.items() for script in row.scripts}
     assert set(ROOT.glob("results/learning_*.csv")) <= expected
     assert learning.table() in README
+
+
+def test_the_ppo_scripts_learn_alike():
+    """The 95 % intervals of their evaluations on CartPole overlap, two by two."""
+    records = [compare.read_csv(learning.recorded("cartpole", script)) for script in learning.PPO]
+    returns = [np.array([run.summary["evaluation_return"] for run in runs]) for runs in records]
+    assert [len(values) for values in returns] == [5, 5, 5]
+    intervals = [compare.bootstrap_interval(values) for values in returns]
+    assert max(low for low, _ in intervals) <= min(high for _, high in intervals)
 
 
 def test_speed_tables_in_the_readme_are_those_of_the_records():
