@@ -8,9 +8,12 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from imageio.v3 import imiter
@@ -19,6 +22,7 @@ import ppo_jax
 import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
+import vpg_torch
 from benchmarks.records import config_and_rows
 from tests.backends import compilations, unfinished_zero
 from tests.test_ppo_torch import (
@@ -32,8 +36,9 @@ from tests.test_reliability import ROOT, assert_a_signal_leaves_a_checkpoint, as
 
 OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
 each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
+each_with_vpg = pytest.mark.parametrize("module", [vpg_torch, ppo_torch, *OTHERS], ids=lambda module: module.__name__)
 each = pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=lambda module: module.__name__)
-SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync", "learning_rate": 1e-3}
+SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync"}
 OF_MEMORY = {"sequence_length": 8, "burn_in": 2, "recompute_hidden": True, "recompute_advantages": True}
 
 
@@ -53,6 +58,7 @@ def collect(module: ModuleType, agent, envs, config, rng: np.random.Generator, t
 
 def model_after(module: ModuleType, directory: Path, **flags) -> dict[str, np.ndarray]:
     flags = {"total_timesteps": 3 * 64, "eval_episodes": 0, "wandb_mode": "disabled", **SMALL} | flags
+    flags |= {"learning_rate": 1e-3}
     module.train(configured(module, run_dir=str(directory), **flags))
     return module.load_arrays(directory / "model.safetensors")[0]
 
@@ -75,38 +81,65 @@ def test_rollouts_hold_the_true_last_observations(module, ends):
 # ---------------------------------------------------------------------------------------------------------- timing
 
 
-def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: int = 1) -> list[dict[str, float]]:
-    """Seconds per phase of iterations that run phase by phase, after one that warms up; `heavy`: a function that is
-    computed, to its end, so many times instead of once."""
-    found = []
+@contextlib.contextmanager
+def ready(module: ModuleType, config) -> Iterator[tuple]:
+    """Learner, stopwatch, and what runs an iteration phase by phase: learner -> learner"""
     with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
         envs.restart(0)
-        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
-        stopwatch = module.new_stopwatch(learner, config)
-        module.warm_up(learner, envs, config, stopwatch)
+        rng = np.random.default_rng(0)
+        if module is vpg_torch:
+            learner = module.new_learner(envs.observation_dim, envs.parts, config)
+            stopwatch = module.new_stopwatch(learner)
+        else:
+            learner = module.new_learner(envs, config)
+            stopwatch = module.new_stopwatch(learner, config)
+            module.warm_up(learner, envs, config, stopwatch)
+
+        def iterate(learner):
+            if module is vpg_torch:
+                batch = module.collect_rollout(learner.policy, envs, config, rng, stopwatch.timed)
+                return module.update(learner, batch, config, stopwatch.timed)[0]
+            rollout = collect(module, learner.agent, envs, config, rng, stopwatch.timed)
+            return module.update(learner, rollout, config, rng, stopwatch.timed)[0]
+
+        yield learner, stopwatch, envs, iterate
+
+
+def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: int = 1) -> list[dict[str, float]]:
+    """Seconds per phase of iterations, after one that warms up; `heavy`: a function that is computed, to its end, so
+    many times instead of once."""
+    found = []
+    with ready(module, config) as (learner, stopwatch, envs, iterate):
         if heavy:
             function = envs.step if heavy == "step" else getattr(module, heavy)
             light = stopwatch.compiled.get(function, function)
 
+            def copied(x):
+                is_donated = module.FRAMEWORK == "jax" and isinstance(x, module.Learner)
+                return jax.tree.map(jnp.copy, x) if is_donated else x
+
             def repeated(*arguments):
                 for _ in range(times - 1):
-                    stopwatch.fence(light(*arguments))
+                    stopwatch.fence(light(*map(copied, arguments)))
                 return light(*arguments)
 
             stopwatch.compiled[function] = repeated
         for _ in range(number + 1):
-            rollout = collect(module, learner.agent, envs, config, rng, stopwatch.timed)
-            learner, _, _ = module.update(learner, rollout, config, rng, stopwatch.timed)
+            learner = iterate(learner)
             found.append(stopwatch.lap())
     return found[1:]
 
 
+def phases_of(module: ModuleType) -> set[str]:
+    return PHASES - ({"shuffle"} if module is vpg_torch else set())
+
+
 @pytest.mark.clock
-@each
+@each_with_vpg
 def test_a_sleeping_environment_shows_in_step_alone(module):
     found = laps(module, known(module, "Sleeper", num_envs=2))
     for lap in found:
-        assert lap.keys() == PHASES | {"iteration"}
+        assert lap.keys() >= phases_of(module) | {"iteration"}
         assert lap["step"] > 2 * 16 * 0.005
     assert min(lap["iteration"] - lap["step"] for lap in found) < 0.5 * 2 * 16 * 0.005  # if half of it slept elsewhere
 
@@ -118,17 +151,22 @@ FUNCTIONS = {
     "shuffle": "minibatches",
     "loss": "loss_and_gradient",
     "kl": "kl_and_clip_fraction",
+    "weight_update": "apply_gradient",
 }
+OF_VPG = {"forward": "act", "step": "step", "gae": "targets", "loss": "with_gradient", "kl": "kl_divergence"}
+OF_VPG |= {"weight_update": "descend"}
+HEAVY = [(module, *item) for module in [ppo_torch, *OTHERS] for item in FUNCTIONS.items()]
+HEAVY += [(vpg_torch, *item) for item in OF_VPG.items()]
 
 
 @pytest.mark.clock
-@pytest.mark.parametrize("phase", FUNCTIONS)
-@each
-def test_a_heavier_phase_shows_in_its_own_key(module, phase):
+@pytest.mark.parametrize(("module", "phase", "function"), HEAVY, ids=lambda x: getattr(x, "__name__", x))
+def test_a_heavier_phase_shows_in_its_own_key(module, phase, function):
     """300 times the work gives 20 times the seconds or more, and the iteration grows by little else."""
-    config = known(module, "Counter", num_minibatches=2, update_epochs=1)
+    few = {"value_iters": 1} if module is vpg_torch else {"num_minibatches": 2, "update_epochs": 1}
+    config = known(module, "Counter", **few)
     often = 2000 if phase == "kl" else 300  # it takes less than what other phases differ by
-    light, heavy = (laps(module, config, 4, FUNCTIONS[phase], times) for times in (1, often))
+    light, heavy = (laps(module, config, 4, function, times) for times in (1, often))
     light, heavy = ({key: min(lap[key] for lap in found) for key in found[0]} for found in (light, heavy))
     growth = {key: heavy[key] - light[key] for key in heavy}
     assert growth[phase] > 0.5 * growth["iteration"], growth
@@ -144,11 +182,7 @@ def test_a_phase_ends_when_its_result_is_there(module):
     start = time.perf_counter()
     np.asarray(unfinished_zero(module))
     seconds = time.perf_counter() - start
-    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
-        envs.restart(0)
-        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
-        stopwatch = module.new_stopwatch(learner, config)
-        module.warm_up(learner, envs, config, stopwatch)
+    with ready(module, config) as (learner, stopwatch, _, iterate):
         quick = stopwatch.compiled.get(module.loss_and_gradient, module.loss_and_gradient)
 
         def slow(*arguments):
@@ -156,9 +190,8 @@ def test_a_phase_ends_when_its_result_is_there(module):
             return gradient + unfinished_zero(module), losses, log_ratio
 
         stopwatch.compiled[module.loss_and_gradient] = slow
-        rollout = collect(module, learner.agent, envs, config, rng, stopwatch.timed)
         stopwatch.lap()
-        module.update(learner, rollout, config, rng, stopwatch.timed)
+        iterate(learner)
         lap = stopwatch.lap()
     assert lap["loss"] > 0.5 * seconds > lap["weight_update"], (seconds, lap)
 
