@@ -25,7 +25,9 @@ from tests.test_ppo_torch import assert_times_add_up, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
+    assert_refused,
     checkpoints,
+    main,
     step_of,
 )
 
@@ -622,12 +624,9 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 @each
-def test_bad_input_is_one_line(module, flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *flags.split(), "--wandb-mode", "disabled"])
+def test_bad_input_is_one_line(module, flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert module.main() == 2
-    out, err = capsys.readouterr()
-    assert len(err.strip().splitlines()) == 1 and BAD[flags] in err and out == ""
+    assert_refused(main(*flags.split(), "--wandb-mode", "disabled", module=module), BAD[flags], module=module)
     assert not list(tmp_path.iterdir())
 
 

@@ -718,7 +718,7 @@ def test_random_damage_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before training", "while W&B starts"])
 def test_ctrl_c_before_training(moment, start, tmp_path):
-    """One line, exit 130, and the same command goes on or begins anew."""
+    """One line, exit 130; the same command begins anew, or --resume does where W&B has the run already."""
     directory = tmp_path / "run"
     process = start(*ENDLESS, "--run-dir", directory, "--vectorization", "async")
     if moment == "before training":
@@ -729,6 +729,9 @@ def test_ctrl_c_before_training(moment, start, tmp_path):
     outcome = process.end()
     assert outcome.code == 130 and len(outcome.err) == 1, outcome
     wait_for(lambda: not process.children())
+    again = ["--resume", directory] if (directory / "config.json").exists() else [*ENDLESS, "--run-dir", directory]
+    assert main(*again, "--total-timesteps", "64", "--wandb-mode", "disabled").code == 0
+    assert step_of(checkpoints(directory)[-1]) == 64
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
