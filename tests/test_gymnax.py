@@ -283,7 +283,7 @@ def test_a_small_image(tmp_path):
 def test_cartpole_is_learnt(tmp_path):
     config = config_of(num_steps=128, learning_rate=2.5e-4, total_timesteps=100_000, eval_episodes=10)
     result = ppo_jax.train(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
-    assert np.mean(result.evaluation_returns) > 400
+    assert np.mean(result.evaluation_returns) > 400  # an untrained policy gets about 10, the best 500
 
 
 # ------------------------------------------------------------------------------------------------- record and timing

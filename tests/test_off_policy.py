@@ -1,5 +1,9 @@
-"""Replay buffer, updates, rollout, clock, record and resumption of the off-policy scripts; what TD3 and SAC have of
-their own is in tests/test_td3.py and tests/test_sac.py."""
+"""Replay buffer, updates, rollout, clock, record and resumption of the off-policy scripts; what each has of its own
+is in tests/test_td3.py, tests/test_sac.py and tests/test_mpo.py.
+
+Where a test gives a tolerance without a word it is the rounding of float32: 1e-6, 1e-5 through some updates (compiled
+code adds up in another order), 1e-4 of their losses.
+"""
 
 import contextlib
 import dataclasses
@@ -388,7 +392,8 @@ def test_the_warm_up_compiles_all(module, tmp_path, caplog):
 
 @each
 def test_a_bandit_is_solved(module, tmp_path):
-    """One step an episode, bounds [-0.5, 1] and [2, 10], another best action for either observation."""
+    """One step an episode, bounds [-0.5, 1] and [2, 10], another best action for either observation; found to a
+    twentieth of the bounds, where an untrained policy is half of them away. The seed is none of the README's."""
     flags = {"learning_starts": 200, "batch_size": 64, "log_interval": 500, "total_timesteps": 3000}
     flags |= {
         td3_jax: {"learning_rate": 1e-3},

@@ -289,7 +289,7 @@ def test_cartpole_is_learnt(module, tmp_path):
     steps = 98304 if module is ppo_lstm_jax else 65536  # an LSTM learns later
     config = module.Config(total_timesteps=steps, vectorization="sync", run_dir=str(tmp_path / "run"))
     result = module.train(dataclasses.replace(config, wandb_mode="disabled"))
-    assert np.mean(result.evaluation_returns) > 300
+    assert np.mean(result.evaluation_returns) > 300  # an untrained policy gets about 10, the best 500
 
 
 @each_other

@@ -1,4 +1,9 @@
-"""Equations and updates of sac_jax.py against literal values, numerical integrals and PyTorch."""
+"""Equations and updates of sac_jax.py against literal values, numerical integrals and PyTorch.
+
+Where a test gives a tolerance without a word it is the rounding of float64 (1e-9 through an update) or of float32
+(1e-6, 1e-5 through a network, 1e-4 through an update), of finite differences and grids (their spacing), or five
+standard errors and more of the moments of a sample.
+"""
 
 import math
 
