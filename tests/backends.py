@@ -37,9 +37,13 @@ def double_precision(module: ModuleType) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+def jax_doubled(tree):
+    return jax.tree.map(lambda x: x.astype(float) if np.issubdtype(x.dtype, np.floating) else x, tree)
+
+
 def doubled(module: ModuleType, learner):
     if module.FRAMEWORK == "jax":
-        return jax.tree.map(lambda x: x.astype(float) if np.issubdtype(x.dtype, np.floating) else x, learner)
+        return jax_doubled(learner)
     if module.FRAMEWORK == "mlx":
         weights, adam = learner.weights.astype(mx.float64), learner.optimizer
         module.vector_to_parameters(weights, learner.agent)

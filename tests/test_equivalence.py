@@ -24,6 +24,7 @@ import ppo_mlx
 import ppo_torch
 import vpg_torch
 from tests.backends import double_precision, doubled, first_minibatch, named
+from tests.test_ppo_torch import call
 
 ROOT = Path(ppo_torch.__file__).parent
 OTHERS = [ppo_mlx, ppo_jax]
@@ -44,10 +45,6 @@ def name(module: ModuleType) -> str:
 
 def config_of(module: ModuleType, **flags):
     return module.Config(**{"vectorization": "sync", "learning_rate": 1e-3, "wandb_mode": "disabled"} | flags)
-
-
-def call(phase, function, *arguments):
-    return function(*arguments)
 
 
 @cache

@@ -19,8 +19,9 @@ from flax import linen as nn
 
 import mpo_jax
 from mpo_jax import Gaussian, Learner, Multipliers, Network
+from tests.backends import jax_doubled as doubled
 from tests.test_off_policy import configured, random_batch, sizes
-from tests.torch_twin import Twin, doubled
+from tests.torch_twin import Twin
 
 SOLVERS = list(mpo_jax.SOLVERS)
 

@@ -14,8 +14,9 @@ import torch
 
 import sac_jax
 from sac_jax import actions_and_log_probs, actor_loss, alpha_loss, critic_targets, sample_actions
+from tests.backends import jax_doubled as doubled
 from tests.test_off_policy import configured, random_batch, sizes
-from tests.torch_twin import Twin, compare, doubled
+from tests.torch_twin import Twin, compare
 
 
 def test_log_probabilities_against_an_inverted_tanh():

@@ -12,8 +12,9 @@ import torch
 
 import td3_jax
 from td3_jax import actor_loss, critic_loss, critic_targets, polyak, smoothed_actions
+from tests.backends import jax_doubled as doubled
 from tests.test_off_policy import configured, random_batch, sizes
-from tests.torch_twin import Twin, compare, doubled
+from tests.torch_twin import Twin, compare
 
 
 def test_target_actions():

@@ -23,7 +23,8 @@ from torch.distributions import Categorical, Normal
 
 import vpg_torch
 from benchmarks.records import config_and_rows
-from tests.test_ppo_torch import assert_times_add_up, assert_written_down, slow_gae, watched_clock
+from tests.backends import double_precision
+from tests.test_ppo_torch import assert_times_add_up, assert_written_down, call, slow_gae, watched_clock
 from tests.test_reliability import (
     ROOT,
     assert_a_signal_leaves_a_checkpoint,
@@ -70,7 +71,6 @@ MIXED = spaces.Dict(
     }
 )
 PARTS = {"arm": (Part((2,), (2, 3)), Part((2,)), {"free": Part((1, 2))}), "gear": Part((), (3,))}
-CALL = lambda phase, function, *arguments: function(*arguments)  # noqa: E731
 
 
 class Mixed(gym.Env):
@@ -138,11 +138,10 @@ SMALL = {"num_envs": 2, "num_steps": 16, "vectorization": "sync", "value_iters":
 MIXED_SMALL = Config(env_id="tests.test_vpg:Mixed-v0", **SMALL)
 
 
-@pytest.fixture
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+@pytest.fixture(name="double_precision")
+def in_double_precision():
+    with double_precision(vpg_torch):
+        yield
 
 
 def random_policy(parts=PARTS, observation_dim: int = 3, **flags) -> Policy:
@@ -195,7 +194,7 @@ def test_batches_hold_the_true_next_observations(ends, vectorization):
         policy = new_learner(envs.observation_dim, envs.parts, config).policy
         collected, episodes, rng = [], [], np.random.default_rng(0)
         for _ in range(3):
-            batch = collect_rollout(policy, envs, config, rng, CALL)
+            batch = collect_rollout(policy, envs, config, rng, call)
             collected.append(batch._replace(truncated=batch.truncated & ~batch.terminated))  # termination goes first
             episodes.append(envs.pop_episodes())
     expected = assert_written_down(collected, episodes, ends)
@@ -236,7 +235,7 @@ def test_a_batch_keeps_the_structure_of_its_actions():
     with contextlib.closing(Environments(MIXED_SMALL, 2)) as envs:
         envs.restart(0)
         learner = new_learner(envs.observation_dim, envs.parts, MIXED_SMALL)
-        batch = collect_rollout(learner.policy, envs, MIXED_SMALL, np.random.default_rng(0), CALL)
+        batch = collect_rollout(learner.policy, envs, MIXED_SMALL, np.random.default_rng(0), call)
     shapes = mapped(lambda part, x: (x.shape, x.dtype), envs.parts, batch.actions)
     integers, floats = np.dtype(np.int64), np.dtype(np.float32)
     arm = ((16, 2, 2), integers), ((16, 2, 2), floats), {"free": ((16, 2, 1, 2), floats)}

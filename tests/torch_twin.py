@@ -1,6 +1,5 @@
 """The networks of an off-policy script in PyTorch, from the arrays that the script saves."""
 
-import jax
 import numpy as np
 import torch
 from torch.nn.functional import linear, relu
@@ -35,10 +34,6 @@ class Twin:
             for name, x in self.params.items():
                 if name.startswith("target_") and name.split(".")[0].removeprefix("target_") in networks:
                     x += self.tau * (self.params[name.removeprefix("target_")] - x)
-
-
-def doubled(tree):
-    return jax.tree.map(lambda x: x.astype(float) if np.issubdtype(x.dtype, np.floating) else x, tree)
 
 
 def compare(arrays: dict[str, np.ndarray], twin: Twin) -> None:
