@@ -78,7 +78,8 @@ def measure(contestant: Contestant) -> float:
 def main(config: Config) -> None:
     if config.only is not None:
         speed = measure(CONTESTANTS[config.only])
-        print(speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss in a mebibyte
+        print(speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
         return
     if not config.draw:
         record(config)

@@ -7,9 +7,9 @@
 Every measurement is a fresh process, the contestants of a suite take turns, and each ratio compares runs of the same
 turn. Ours is the whole run after compilation, with recording and timing at their defaults, as its own record has it:
 iterations, probes and checkpoints. (An off-policy iteration is a twentieth of the run here, for one to be timed phase
-by phase as by default.) A peer's is the wall clock of `learn` after a warm-up, without any recording, with
-the number of torch's threads that is its fastest: one for the small networks of the first two suites, else all cores.
-The environments alone are those of the suite on the host, with random actions.
+by phase as by default.) A peer's is the wall clock of `learn` after a warm-up, without any recording, with the number
+of torch's threads that was its fastest on two cores: one for the small networks of the on-policy suites, else as many
+as cores. The environments alone are those of the suite on the host, with random actions.
 """
 
 import importlib
