@@ -227,12 +227,12 @@ def summarise(rows: list[Row]) -> dict[str, float]:
         summary["steps_per_second"] = steps[speeds > 0].sum() / (steps[speeds > 0] / speeds[speeds > 0]).sum()
     is_timed = np.array(["times/loss" in row for row in rows])
     is_fused = np.array(["times/update" in row for row in rows]) & ~is_timed
+    weights = steps_since(rows)
     for kind, chosen in (("timed", is_timed), ("fused", is_fused)):
         for key in {key for row in itertools.compress(rows, chosen) for key in row} - OUTSIDE_ITERATIONS:
             if key.startswith("times/"):
                 seconds = np.array([row.get(key, 0.0) for row in rows])
-                mean = np.average(seconds[chosen], weights=steps_since(rows)[chosen])
-                summary[key.replace("times", kind, 1)] = float(mean)
+                summary[key.replace("times", kind, 1)] = float(np.average(seconds[chosen], weights=weights[chosen]))
     if is_timed.any():
         # A row may hold a timed iteration and fused ones, and then only its phases are those of the timed one.
         summary.pop("timed/update", None)
@@ -246,9 +246,9 @@ def summarise(rows: list[Row]) -> dict[str, float]:
 def thin(rows: list[Row], at_most: int = 100) -> list[Row]:
     """At most `at_most` rows, each the mean of a stretch that ends at its step, where it can be with an evaluation"""
     merged, start, start_step = [], 0, 0
-    for end in np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int)[1:]:
-        evaluated = [index for index in range(start, end) if EVALUATION in rows[index]]
-        end = evaluated[-1] + 1 if evaluated else end
+    for bound in np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int)[1:]:
+        evaluated = [index for index in range(start, bound) if EVALUATION in rows[index]]
+        end = evaluated[-1] + 1 if evaluated else bound
         merged.append(merge(rows[start:end], start_step))
         start, start_step = end, rows[end - 1]["global_step"]
     return [*merged, merge(rows[start:], start_step)]

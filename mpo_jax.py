@@ -132,9 +132,7 @@ class Config:
     tau: Fraction = 0.005  # τ, how far the targets move towards their networks, and with them the policy
     num_critics: Count = 1  # C, critics; of several the minimum counts
     num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
-    temperature_solver: Literal["newton", "slsqp", "adam"] = (
-        "newton"  # newton (compiled) and slsqp (scipy): to the optimum; adam: one step
-    )
+    temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # newton, slsqp: to the optimum; adam: one step
     epsilon: Positive = 0.1  # ε, KL from the weights of the samples to uniform ones
     epsilon_mean: Positive = 1e-2  # ε_μ, most KL(π' ‖ π) by the means, averaged over states
     epsilon_cov: Positive = 1e-4  # ε_Σ, most KL(π' ‖ π) by the covariances, likewise
@@ -423,7 +421,7 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
 def kl_mean(policy: Gaussian, target: Gaussian) -> Tensor:
     """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A)
 
-    MPO eq. 27 (which prints the names C_μ and C_Σ the other way round) with Σ' for Σ, as REPI section 4.2 and Acme.
+    MPO eq. 27 (which prints the names C_μ and C_Σ the other way round) with Σ' for Σ, as in REPI section 4.2 and Acme.
     """
     return 0.5 * ((policy.means - target.means) / target.stds) ** 2
 

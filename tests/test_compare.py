@@ -449,6 +449,15 @@ def test_a_phase_that_takes_no_time_is_no_error(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == ["environment step", "loss and gradient"]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_figure_of_times_has_the_fused_update_where_there_is_one(fused):
+    rows = [{"global_step": 1, "times/loss": 0.2, "times/other": 0.1}]
+    rows += [{"global_step": step, "times/update": 0.1} for step in (2, 3)] * fused
+    run = Run("", CONFIG, {"steps": 3} | compare.summarise(rows), rows)
+    labels = [text.get_text() for text in compare.draw_times([run], "title").legends[0].get_texts()]
+    assert labels == ["loss and gradient", "other", *["fused update"] * fused]
+
+
 def test_a_log_axis_begins_above_a_phase_that_once_took_no_time():
     rows = [{"global_step": step, "times/record": 0.1 * (step > 1)} for step in (1, *range(50, 101))]
     (axis,) = compare.draw_phases([Run("", CONFIG, {"steps": 100}, rows)], "title").axes

@@ -47,6 +47,17 @@ def test_a_reward_that_is_no_number_is_named():
     assert raised.value.__notes__ == ["in the step of tests.environments:Faulty-v0"]
 
 
+def test_what_cannot_be_tried_is_left_out(tmp_path: Path):
+    def needs_root() -> None:
+        raise NotImplementedError("mount is not allowed here")
+
+    def fault(script, times, rng):
+        yield faults.tried(needs_root)
+
+    row = faults.run(Script("vpg_torch", tmp_path), faults.Fault("kind", "name", 1, fault), 1, random.Random(0))
+    assert (row.tried, row.held) == (0, 0)
+
+
 def test_what_does_not_hold_is_told(tmp_path: Path):
     """A driver that finds nothing wrong with anything would pass all tests."""
 

@@ -131,7 +131,7 @@ def laps(module: ModuleType, config, number: int = 4, heavy: str = "", times: in
 
 
 def phases_of(module: ModuleType) -> set[str]:
-    return PHASES - ({"shuffle"} if module is vpg_torch else set())
+    return PHASES - {"shuffle"} | {"loss/policy", "loss/value"} if module is vpg_torch else PHASES
 
 
 @pytest.mark.clock
@@ -139,9 +139,10 @@ def phases_of(module: ModuleType) -> set[str]:
 def test_a_sleeping_environment_shows_in_step_alone(module):
     found = laps(module, known(module, "Sleeper", num_envs=2))
     for lap in found:
-        assert lap.keys() >= phases_of(module) | {"iteration"}
+        assert lap.keys() == phases_of(module) | {"iteration"}
         assert lap["step"] > 2 * 16 * 0.005
-    assert min(lap["iteration"] - lap["step"] for lap in found) < 0.5 * 2 * 16 * 0.005  # if half of it slept elsewhere
+    share = 0.25 if module is ppo_torch else 0.5  # of its sleep would show; the others compute for longer
+    assert min(lap["iteration"] - lap["step"] for lap in found) < share * 2 * 16 * 0.005
 
 
 FUNCTIONS = {
@@ -162,7 +163,7 @@ HEAVY += [(vpg_torch, *item) for item in OF_VPG.items()]
 @pytest.mark.clock
 @pytest.mark.parametrize(("module", "phase", "function"), HEAVY, ids=lambda x: getattr(x, "__name__", x))
 def test_a_heavier_phase_shows_in_its_own_key(module, phase, function):
-    """300 times the work gives 20 times the seconds or more, and the iteration grows by little else."""
+    """300 times the work gives 25 times the seconds or more, and the iteration grows by little else."""
     few = {"value_iters": 1} if module is vpg_torch else {"num_minibatches": 2, "update_epochs": 1}
     config = known(module, "Counter", **few)
     often = 2000 if phase == "kl" else 300  # it takes less than what other phases differ by
@@ -170,7 +171,7 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase, function):
     light, heavy = ({key: min(lap[key] for lap in found) for key in found[0]} for found in (light, heavy))
     growth = {key: heavy[key] - light[key] for key in heavy}
     assert growth[phase] > 0.5 * growth["iteration"], growth
-    assert heavy[phase] > 20 * light[phase]
+    assert heavy[phase] > 25 * light[phase]
 
 
 @pytest.mark.clock
