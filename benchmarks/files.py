@@ -1,4 +1,4 @@
-"""The files of the benchmarks: a line with the command, versions and machine, then CSV. And a cell of their tables."""
+"""The files of the benchmarks: a line with the command, versions and machine, then CSV. And cells of their tables."""
 
 import csv
 import os
@@ -29,3 +29,7 @@ def load(path: Path) -> list[list[str]]:
 
 def median_and_range(values: Sequence[float], style: str) -> str:
     return f"{statistics.median(values):{style}} ({min(values):{style}} to {max(values):{style}})"
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values) if len(values) > 1 else 0:.1g}"

@@ -11,7 +11,6 @@ second half of the run counts. Returns: the rows mpo_pendulum_... of benchmarks/
 """
 
 import contextlib
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -83,13 +82,10 @@ def markdown_table(seconds: dict[str, list[float]], distance: dict[str, tuple[fl
     lines = []
     for name, values in seconds.items():
         mean, largest = distance[name]
-        cells = [
-            f"`{name}`",
-            f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}",
-        ]
         path = learning.recorded(f"mpo_pendulum_{name}", "mpo_jax")
         runs = compare.read_csv(path) if path.exists() else []
-        lines.append([*cells, f"{mean:.1e} ({largest:.1e})", compare.estimate(runs, "evaluation_return")])
+        returns = compare.estimate(runs, "evaluation_return")
+        lines.append([f"`{name}`", files.mean_and_std(values), f"{mean:.1e} ({largest:.1e})", returns])
     return compare.markdown(header, lines)
 
 

@@ -14,7 +14,6 @@ as cores. The environments alone are those of the suite on the host, with random
 
 import importlib
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -229,7 +228,7 @@ def markdown_table(rows: list[Row], references: list[str]) -> str:
         turns = {repeat: value for (repeat, name), value in speed.items() if name == contestant}
         speeds, seconds = list(turns.values()), [1000 / value for value in turns.values()]
         cells = [contestant, files.median_and_range(speeds, ",.0f")]
-        cells.append(f"{statistics.mean(seconds):.3g} ± {statistics.stdev(seconds) if len(seconds) > 1 else 0:.1g}")
+        cells.append(files.mean_and_std(seconds))
         for reference in references:
             ratios = [value / speed[repeat, reference] for repeat, value in turns.items()]
             cells.append("1" if contestant == reference else files.median_and_range(ratios, ".2f"))
