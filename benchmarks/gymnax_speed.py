@@ -1,10 +1,10 @@
 """Steps per second of ppo_jax.py with gymnax's CartPole on the device, beside PPO of Stable-Baselines3 with four
 environments of Gymnasium's: 4 to 4096 environments, one device and two, one seed and eight.
 
-    python benchmarks/gymnax_speed.py                writes results/gymnax_speed.csv and images/gymnax_speed.png,
-                                                     prints the table
-    python benchmarks/gymnax_speed.py --repeats 1    a quick look
-    python benchmarks/gymnax_speed.py --draw         table and figure of the recorded numbers again
+    python benchmarks/gymnax_speed.py           writes results/gymnax_speed.csv, images/gymnax_speed.png; prints a table
+    python benchmarks/gymnax_speed.py --draw    table and figure again
+
+(A quick look: `--repeats 1 --output quick.csv --figure quick.png`.)
 
 Every measurement is a fresh process, the contestants take turns, and each ratio compares runs of the same turn. Ours
 is the whole run after compilation, with recording and timing at their defaults, as its own record has it. Two devices

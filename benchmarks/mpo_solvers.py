@@ -1,7 +1,8 @@
 """The three solvers of MPO's temperature: what they cost, how far they leave it from the optimum, what is learnt.
 
-    python benchmarks/mpo_solvers.py                writes results/mpo_solvers.csv and prints the table
-    python benchmarks/mpo_solvers.py --repeats 1    a quick look
+    python benchmarks/mpo_solvers.py    writes results/mpo_solvers.csv and prints the table
+
+(A quick look: `--repeats 1 --output quick.csv`.)
 
 Seconds: of 1000 environment steps of HalfCheetah-v5 with an update each (20 action samples, networks of 256 x 256, 256
 transitions a minibatch), as the run's record has them, in fresh processes that take turns; they hold the check of the

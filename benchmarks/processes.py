@@ -1,7 +1,8 @@
 """Steps per second of the PyTorch scripts in one process and, started by torchrun, in two.
 
-    python benchmarks/processes.py                       writes results/processes.csv and prints the table
-    python benchmarks/processes.py --repeats 1           a quick look
+    python benchmarks/processes.py    writes results/processes.csv and prints the table
+
+(A quick look: `--repeats 1 --output quick.csv`.)
 
 Each process has its own environments, so two collect twice the batch of one between two updates. The contestants take
 turns, and each ratio compares runs of the same turn. Steps per second are those of the run's own record after the

@@ -1,7 +1,8 @@
 """What it costs to record a run and to time its phases: whole runs with both at their defaults, and with neither.
 
-    python benchmarks/recording.py                    writes results/recording.csv and prints the table
-    python benchmarks/recording.py --repeats 1        a quick look
+    python benchmarks/recording.py    writes results/recording.csv and prints the table
+
+(A quick look: `--repeats 1 --output quick.csv`.)
 
 Each script is a process of its own, in which runs of either kind take turns after one of each that does not count; the
 one that begins a turn ends the next. Each cost compares the two runs of a turn.
