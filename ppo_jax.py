@@ -56,7 +56,7 @@ import sys
 import threading
 import time
 import timeit
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial, reduce
 from importlib.metadata import version
@@ -101,7 +101,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Config:
     env_id: str = "CartPole-v1"  # Gymnasium id, module:Id-v0, ALE/Game-v5, dm_control/domain-task-v0, gymnax/Id
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seed of weights, actions, minibatches and environments
     num_seeds: Count = 1  # gymnax: so many seeds from --seed on learn at once, each alone; steps are of each of them
     total_timesteps: Steps = 500_000  # environment steps of the whole run, all environments together
     learning_rate: Positive = 2.5e-4  # Adam's learning rate at the start
@@ -128,10 +128,10 @@ class Config:
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
-    timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
+    timing_interval: Steps = 20  # every K-th iteration (gymnax: call) runs phase by phase, fenced; 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
+    checkpoint_interval: Steps | None = None  # steps between checkpoints; None: a tenth; 0: at a signal
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
@@ -559,8 +559,8 @@ class Result(NamedTuple):
 
 
 def train(config: Config) -> Result:
-    """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
-    after SIGINT or SIGTERM, once a checkpoint is written."""
+    """The whole run. Raises BadInput before training, TrainingFailed where it cannot go on, and SystemExit after
+    SIGINT or SIGTERM, once a checkpoint is written."""
     config = checked_for_gymnax(validate(config))
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
@@ -725,8 +725,10 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     truncated = np.arange(rewards.size).reshape(rewards.shape) == 0
     rollout = rollout._replace(truncated=truncated, final_observations=observations[0, :1])
     unread = Stopwatch(stopwatch.fence, stopwatch.compiled)
-    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), unread.timed)
-    probe(learner, envs, batch, config, unread)
+    timed = unread.timed if config.timing_interval else stopwatch.fused
+    _, batch, _ = update(learner, rollout, config, np.random.default_rng(0), timed)
+    if config.timing_interval:
+        probe(learner, envs, batch, config, unread)
 
 
 def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, stopwatch: "Stopwatch") -> None:
@@ -739,12 +741,15 @@ def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, 
         if config.num_seeds > 1:
             return
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
-    stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)  # the first call finds cold caches
-    timed = partial(stopwatch.timed, weight=config.update_epochs * config.num_minibatches)
+    # the first call after a rollout finds cold caches
+    stopwatch.fence((minibatch, stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)))
+    timed = partial(stopwatch.timed, weight=stopwatch.calls["shuffle"] * config.num_minibatches)  # an epoch has one
     policy, values = timed("loss/forward", Agent.__call__, agent, minibatch.observations)
     arguments = policy, agent.log_std, minibatch.actions, agent.nvec
     log_probs, _ = stopwatch.fused(None, log_probs_and_entropies, *arguments)
-    timed("loss/policy", policy_loss, log_probs - minibatch.log_probs, minibatch.advantages, config.clip_coef)
+    log_ratio = log_probs - minibatch.log_probs
+    stopwatch.fence(log_ratio)
+    timed("loss/policy", policy_loss, log_ratio, minibatch.advantages, config.clip_coef)
     value_clip = config.clip_coef if config.clip_vloss else None
     timed("loss/value", value_loss, values, minibatch.values, minibatch.returns, value_clip)
 
@@ -999,8 +1004,13 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         if config.env_id.startswith("ALE/"):  # preprocessed as Mnih et al. 2015; sticky actions if kwargs say so
             gym.register_envs(importlib.import_module("ale_py"))
             mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
-            return gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
-        make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs)
+            vector = gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
+            shape = vector.single_observation_space.shape
+            if len(shape) != 3 or min(shape[1:]) < 36:
+                raise ValueError(f"the CNN needs grey images of 36 x 36 or more, these are {shape[1:]}")
+            return vector
+        kwargs |= {"render_mode": "rgb_array"} if is_filmed else {}
+        make = partial(make_env, config.env_id, kwargs)
         is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
         if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
@@ -1022,14 +1032,14 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
-def make_env(env_id: str, render_mode: str | None, kwargs: dict) -> gym.Env:
+def make_env(env_id: str, kwargs: dict) -> gym.Env:
     if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
     quieten_mujoco(env_id)
-    env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    env = gym.make(env_id, **kwargs)
     action_sizes(env.action_space)  # raises where it is not supported
     space = env.observation_space
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
@@ -1097,10 +1107,10 @@ def action_sizes(space: gym.Space) -> tuple[tuple[int, ...], int]:
 def environment_actions(actions: np.ndarray, space: gym.Space) -> np.ndarray:
     """(N, A) as the policy chose them -> what the environments take. Box actions are clipped here and nowhere else."""
     if isinstance(space, spaces.Discrete):
-        return actions[:, 0] + space.start
+        return (actions[:, 0] + space.start).astype(space.dtype)
     if isinstance(space, spaces.MultiDiscrete):
-        return actions + space.start
-    return actions.reshape(-1, *space.shape).clip(space.low, space.high)
+        return (actions + space.start).astype(space.dtype)
+    return actions.reshape(-1, *space.shape).clip(space.low, space.high).astype(space.dtype)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1134,27 +1144,33 @@ def check_finite(env_id: str, **arrays: np.ndarray) -> None:
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def evaluate(
-    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
+    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable = lambda: False
 ) -> list[float]:
-    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
+    """Returns of the first episode in each of E fresh environments, greedily; nothing is learned from them."""
     first_returns, frames = {}, []
     with contextlib.closing(trained.for_evaluation()) as envs:
         envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
         for _ in range(LONGEST_EVALUATION):
-            if video and 0 not in first_returns:
+            if video and 0 not in first_returns and len(frames) < LONGEST_FILM:
                 frames.append(envs.frame())
             envs.step(act(envs.observations))
-            check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
+            ended = {n: episode_return for n, episode_return, _ in envs.pop_episodes()}
+            returns = np.array([*envs.returns, *ended.values()])
+            check_finite(envs.config.env_id, observation=envs.observations, reward=returns)
             if is_stopped():
                 return []
-            first_returns = {n: episode_return for n, episode_return, _ in envs.pop_episodes()} | first_returns
+            first_returns = ended | first_returns
             if len(first_returns) == envs.num_envs:
                 break
         else:
             warn(f"{envs.num_envs - len(first_returns)} evaluation episodes did not end, and do not count")
     if frames:
-        video.parent.mkdir(exist_ok=True)
-        importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30).write_videofile(str(video), logger=None)
+        clip = importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30)
+        try:
+            video.parent.mkdir(exist_ok=True)
+            clip.write_videofile(str(video), logger=None)
+        except OSError as error:  # which is no reason to lose a run
+            warn(f"no film of step {video.stem.removeprefix('step_')}: {one_line(error)}")
     return list(first_returns.values())
 
 
@@ -1646,6 +1662,7 @@ OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_STEP = 600  # seconds of a step or a reset in a process of its own, which hangs if it takes longer
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+LONGEST_FILM = 2000  # frames, which stay in memory until it is written: 1.4 GB of MuJoCo's
 SECONDS_TO_WRITE_A_ROW = 5  # W&B's server writes what it got once a second, and does not when it is left alone
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 TRAINING_ONLY = ("optimizer.", "buffer.", "environment.")  # arrays of a checkpoint that a model does not need
@@ -1659,6 +1676,7 @@ class Stopwatch:
     def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
         self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
@@ -1669,6 +1687,7 @@ class Stopwatch:
         result = self.compiled.get(function, function)(*arguments)
         self.fence(result)
         self.seconds[phase] += weight * (time.perf_counter() - start)
+        self.calls[phase] += 1
         return result
 
     def fused(self, phase: str | None, function: Callable, *arguments):
@@ -1682,6 +1701,7 @@ class Stopwatch:
         seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
         seconds["other"] = seconds["iteration"] - inside
         self.seconds.clear()
+        self.calls.clear()
         self.lap_start = now
         return seconds
 
@@ -1720,10 +1740,11 @@ class Run:
             importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
         if config.wandb_mode != "disabled":
             os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
+            if config.wandb_mode != "disabled":
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                wandb.setup()  # inherits the mask: a signal to all processes of a job leaves the record alive
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
             (self.directory / "config.new").unlink()
@@ -1789,7 +1810,7 @@ class Run:
         self.row["times/compile"].append(self.stopwatch.lap()["compile"])
         self.bar.unpause()  # its steps/s begin here too
         if self.iteration < self.config.num_iterations:
-            self.envs.restart(self.global_step)
+            self.stopwatch.timed("checkpoint", self.envs.restart, self.global_step)  # as after every checkpoint
         gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase
         while self.iteration < self.config.num_iterations and not self.stop_signal:
             self.iteration += 1
@@ -1884,14 +1905,11 @@ class Run:
         self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
 
     def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        arrays = state()
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
         progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
         progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
-        save_arrays(path, arrays, progress)
+        save_arrays(path, state(), progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
@@ -2053,7 +2071,10 @@ def cpu_name() -> str:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
-    """Safetensors with JSON metadata and a checksum of both"""
+    """Safetensors with JSON metadata and a checksum of both. Raises TrainingFailed where a number is not finite."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise TrainingFailed(f"{name} is not finite at step {metadata['global_step']}")
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)})
     write_whole(path, data, TrainingFailed)
@@ -2143,10 +2164,17 @@ def directory_of_run(config: Config) -> tuple[Path, str]:
         directory = Path(config.resume)
         return directory, json.loads((directory / "config.json").read_text())["wandb_id"]
     name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name))
-    if (directory / "config.json").exists():
+    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+    if os.path.exists(directory / "config.json"):  # Path.exists raises where it may not look
         raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
-    return directory, secrets.token_hex(4)
+    if not config.run_dir:
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:  # another run began in the same second
+            directory = Path(f"{directory}-{run_id}")
+        except OSError:
+            pass  # `write_whole` will say it
+    return directory, run_id
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -2159,7 +2187,7 @@ class BadInput(Exception):
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
-    """A number is not finite, or a file cannot be written."""
+    """The run cannot go on; the message says why."""
 
 
 # twin: ppo_torch ppo_mlx ppo_jax
@@ -2203,7 +2231,7 @@ def parse(arguments: list[str], default: Config) -> Config:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
-    """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
+    """A resumed run takes its flags from its directory. Few may differ."""
     config = parse(arguments, Config())
     if not config.resume:
         return config

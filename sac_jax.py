@@ -59,7 +59,7 @@ import sys
 import threading
 import time
 import timeit
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.metadata import version
@@ -103,7 +103,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # seed of weights, actions, minibatches and environments
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seed of weights, actions, minibatches and environments
     total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 1e-3  # Adam's learning rate of the critics and the temperature
@@ -124,7 +124,7 @@ class Config:
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 5000  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes begin); None: a tenth; 0: never
+    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
     capture_video: bool = False  # film the first episode of every evaluation
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights
@@ -453,8 +453,8 @@ class Result(NamedTuple):
 
 # twin: td3_jax sac_jax mpo_jax
 def train(config: Config) -> Result:
-    """The whole run. Raises BadInput before training, TrainingFailed where a number is not finite, and SystemExit
-    after SIGINT or SIGTERM, once a checkpoint is written."""
+    """The whole run. Raises BadInput before training, TrainingFailed where it cannot go on, and SystemExit after
+    SIGINT or SIGTERM, once a checkpoint is written."""
     config = validate(config)
     if config.capture_video:
         make_vector(config, 1, is_evaluation=True).close()  # raises BadInput where nothing can be filmed
@@ -819,7 +819,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
         kwargs = json.loads(config.env_kwargs)
         if is_filmed:
             importlib.import_module("moviepy")  # missed now, not after the training
-        make = partial(make_env, config.env_id, "rgb_array" if is_filmed else None, kwargs, config.action_repeat)
+        kwargs |= {"render_mode": "rgb_array"} if is_filmed else {}
+        make = partial(make_env, config.env_id, kwargs, config.action_repeat)
         is_auto = config.vectorization == "auto" and num_envs > 1 and not is_evaluation
         if (config.vectorization == "async" and not is_evaluation) or (is_auto and async_pays(make, num_envs)):
             multiprocessing.set_forkserver_preload([FRAMEWORK, "gymnasium", "tyro", "wandb"])  # not once a worker
@@ -841,14 +842,14 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
 
 
 # twin: td3_jax sac_jax mpo_jax
-def make_env(env_id: str, render_mode: str | None, kwargs: dict, action_repeat: int) -> gym.Env:
+def make_env(env_id: str, kwargs: dict, action_repeat: int) -> gym.Env:
     if multiprocessing.parent_process():  # signals reach all processes; the parent alone ends the run
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     if env_id.startswith("dm_control/"):
         gym.register_envs(importlib.import_module("shimmy"))
     quieten_mujoco(env_id)
-    env = gym.make(env_id, render_mode=render_mode, **kwargs)
+    env = gym.make(env_id, **kwargs)
     actions, observations = env.action_space, env.observation_space
     is_float_box = isinstance(actions, spaces.Box) and np.issubdtype(actions.dtype, np.floating)
     if not (is_float_box and actions.is_bounded() and (actions.low < actions.high).all()):
@@ -938,27 +939,33 @@ def check_finite(env_id: str, **arrays: np.ndarray) -> None:
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
 def evaluate(
-    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable[[], bool] = bool
+    act: Callable, trained: Environments, video: Path | None = None, is_stopped: Callable = lambda: False
 ) -> list[float]:
-    """Returns of the first episode in each of E fresh environments; most likely actions, frozen statistics."""
+    """Returns of the first episode in each of E fresh environments, greedily; nothing is learned from them."""
     first_returns, frames = {}, []
     with contextlib.closing(trained.for_evaluation()) as envs:
         envs.restart(0, 1)  # the same episodes in every evaluation, none of them of training
         for _ in range(LONGEST_EVALUATION):
-            if video and 0 not in first_returns:
+            if video and 0 not in first_returns and len(frames) < LONGEST_FILM:
                 frames.append(envs.frame())
             envs.step(act(envs.observations))
-            check_finite(envs.config.env_id, observation=envs.observations, reward=envs.returns)
+            ended = {n: episode_return for n, episode_return, _ in envs.pop_episodes()}
+            returns = np.array([*envs.returns, *ended.values()])
+            check_finite(envs.config.env_id, observation=envs.observations, reward=returns)
             if is_stopped():
                 return []
-            first_returns = {n: episode_return for n, episode_return, _ in envs.pop_episodes()} | first_returns
+            first_returns = ended | first_returns
             if len(first_returns) == envs.num_envs:
                 break
         else:
             warn(f"{envs.num_envs - len(first_returns)} evaluation episodes did not end, and do not count")
     if frames:
-        video.parent.mkdir(exist_ok=True)
-        importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30).write_videofile(str(video), logger=None)
+        clip = importlib.import_module("moviepy").ImageSequenceClip(frames, fps=30)
+        try:
+            video.parent.mkdir(exist_ok=True)
+            clip.write_videofile(str(video), logger=None)
+        except OSError as error:  # which is no reason to lose a run
+            warn(f"no film of step {video.stem.removeprefix('step_')}: {one_line(error)}")
     return list(first_returns.values())
 
 
@@ -968,6 +975,7 @@ OUTSIDE = ("compile", "evaluation", "checkpoint", "probe")  # phases that are in
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST_STEP = 600  # seconds of a step or a reset in a process of its own, which hangs if it takes longer
 LONGEST_EVALUATION = 100_000  # steps; an episode that goes on for longer is left out
+LONGEST_FILM = 2000  # frames, which stay in memory until it is written: 1.4 GB of MuJoCo's
 SECONDS_TO_WRITE_A_ROW = 5  # W&B's server writes what it got once a second, and does not when it is left alone
 SECONDS_OF_A_ROW = 0.2  # of iterations, at least: a row with its histograms costs up to 4 ms
 TRAINING_ONLY = ("optimizer.", "buffer.")  # arrays of a checkpoint that a model does not need
@@ -981,6 +989,7 @@ class Stopwatch:
     def __init__(self, fence: Callable[[object], object], compiled: dict[Callable, Callable]):
         self.fence, self.compiled = fence, compiled  # the fence waits for a result; what runs in place of a function
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
@@ -991,6 +1000,7 @@ class Stopwatch:
         result = self.compiled.get(function, function)(*arguments)
         self.fence(result)
         self.seconds[phase] += weight * (time.perf_counter() - start)
+        self.calls[phase] += 1
         return result
 
     def fused(self, phase: str | None, function: Callable, *arguments):
@@ -1004,6 +1014,7 @@ class Stopwatch:
         seconds["iteration"] = now - self.lap_start - sum(seconds.get(phase, 0) for phase in OUTSIDE)
         seconds["other"] = seconds["iteration"] - inside
         self.seconds.clear()
+        self.calls.clear()
         self.lap_start = now
         return seconds
 
@@ -1042,10 +1053,11 @@ class Run:
             importlib.import_module("pandas")  # where it is there, W&B's first histogram would, in an iteration
         if config.wandb_mode != "disabled":
             os.environ.setdefault("WANDB_CACHE_DIR", str(self.directory.resolve() / "wandb"))  # its logs, else below ~
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            wandb.setup()  # its process inherits the mask: a signal to the whole process group leaves the record alive
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
+            if config.wandb_mode != "disabled":
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                wandb.setup()  # inherits the mask: a signal to all processes of a job leaves the record alive
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self.wandb = self.open_record(dataclasses.asdict(config) | about, id=self.run_id, dir=self.directory)
         except wandb.Error as error:
             (self.directory / "config.new").unlink()
@@ -1111,7 +1123,7 @@ class Run:
         self.row["times/compile"].append(self.stopwatch.lap()["compile"])
         self.bar.unpause()  # its steps/s begin here too
         if self.iteration < self.config.num_iterations:
-            self.envs.restart(self.global_step)
+            self.stopwatch.timed("checkpoint", self.envs.restart, self.global_step)  # as after every checkpoint
         gc.freeze()  # to look through all that imports and compilers left takes 0.1 s, in the middle of some phase
         while self.iteration < self.config.num_iterations and not self.stop_signal:
             self.iteration += 1
@@ -1206,14 +1218,11 @@ class Run:
         self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
 
     def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        arrays = state()
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise TrainingFailed(f"a weight is not finite at step {self.global_step}")
         progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
         progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
         progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
-        save_arrays(path, arrays, progress)
+        save_arrays(path, state(), progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
@@ -1268,7 +1277,10 @@ def cpu_name() -> str:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def save_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
-    """Safetensors with JSON metadata and a checksum of both"""
+    """Safetensors with JSON metadata and a checksum of both. Raises TrainingFailed where a number is not finite."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise TrainingFailed(f"{name} is not finite at step {metadata['global_step']}")
     text, arrays = json.dumps(metadata), {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = safetensors.numpy.save(arrays, {"json": text, "sha256": checksum(arrays, text)})
     write_whole(path, data, TrainingFailed)
@@ -1344,7 +1356,7 @@ def load_model(path: str, learner: Learner) -> Learner:
     for name in sorted(arrays.keys() | expected.keys()):
         there, here = (getattr(side.get(name), "shape", "missing") for side in (arrays, expected))
         if there != here:
-            why = "another script or environment made it, or other flags of networks and statistics"
+            why = "another script or environment made it, or other flags"
             raise BadInput(f"--load-model {path}: {name} is {there} there and {here} here; {why}")
     return from_numpy(learner, arrays)
 
@@ -1356,10 +1368,17 @@ def directory_of_run(config: Config) -> tuple[Path, str]:
         directory = Path(config.resume)
         return directory, json.loads((directory / "config.json").read_text())["wandb_id"]
     name = f"{config.env_id}__{config.exp_name}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name))
-    if (directory / "config.json").exists():
+    directory, run_id = Path(config.run_dir or "runs/" + re.sub(r"[/:]", "-", name)), secrets.token_hex(4)
+    if os.path.exists(directory / "config.json"):  # Path.exists raises where it may not look
         raise BadInput(f"{directory} holds a run: --resume {directory}, or choose another --run-dir")
-    return directory, secrets.token_hex(4)
+    if not config.run_dir:
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:  # another run began in the same second
+            directory = Path(f"{directory}-{run_id}")
+        except OSError:
+            pass  # `write_whole` will say it
+    return directory, run_id
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1372,7 +1391,7 @@ class BadInput(Exception):
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 class TrainingFailed(Exception):
-    """A number is not finite, or a file cannot be written."""
+    """The run cannot go on; the message says why."""
 
 
 # twin: td3_jax sac_jax
@@ -1420,7 +1439,7 @@ def parse(arguments: list[str], default: Config) -> Config:
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def parse_config(arguments: list[str]) -> Config:
-    """A resumed run takes its flags from its directory. Few may differ; --total-timesteps moves the annealing too."""
+    """A resumed run takes its flags from its directory. Few may differ."""
     config = parse(arguments, Config())
     if not config.resume:
         return config
