@@ -25,7 +25,8 @@ Optimization", arXiv 2005.07513 (MO-MPO), for the penalty on actions out of boun
 
     initialise policy π and critic Q, and targets π', Q' as copies of them; temperature η, multipliers α_μ and α_Σ
     repeat
-        act with π in N environments; the transitions (s, a, r, s') go to the replay buffer
+        act with π in N environments, but at random and without updates in the first `learning_starts` steps
+        keep the transitions (s, a, r, s') in the replay buffer
         repeat `updates_per_step` times for each transition
             sample a minibatch of B transitions
             a₁ … a_S ~ π'(·|s')
@@ -123,7 +124,7 @@ class Config:
     q_lr: Positive = 3e-4  # Adam's learning rate of the critics
     dual_lr: Positive = 1e-2  # Adam's learning rate of the multipliers, and of the temperature with adam
     num_envs: Count = 1  # N, environments that step together
-    action_repeat: Count = 1  # times that the environment takes each action; every time is a step
+    action_repeat: Count = 1  # times that the environment takes an action; each counts, even if the episode ends sooner
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     learning_starts: Steps = 5_000  # steps with random actions before the first update
     batch_size: Count = 256  # B, transitions of a minibatch
@@ -200,8 +201,8 @@ class Critics(Network):
 
     @classmethod
     def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
-        networks = [Network.create(module, key, *inputs) for key in keys]
-        return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
+        init = jax.jit(jax.vmap(lambda key: module.init(key, *inputs)["params"]))
+        return cls(init(keys), module)
 
     def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(…, O), (…, A) -> (C, …)"""
@@ -564,6 +565,9 @@ def policy_metrics(
     return temperature, error, *means
 
 
+begin_adam = optax.adam(0.0).init  # moments alone: each step brings its learning rate
+
+
 # twin: td3_jax sac_jax mpo_jax
 def descend(learner: Learner, name: str, gradient: Network | Tensor, learning_rate: float) -> Learner:
     """One step of Adam on this field of the learner"""
@@ -589,12 +593,16 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    timed_loss = partial(timed, "loss", timed)  # clocked twice: as the loss and as a part of it
-    samples = timed_loss("loss/critic", sample_values, learner, batch, config)
-    gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, samples, config)
+
+    def timed_loss(part: str, *call):
+        """Clocked twice: as the loss and as a part of it"""
+        return timed("loss", timed, f"loss/{part}", *call)
+
+    samples = timed_loss("critic", sample_values, learner, batch, config)
+    gradient, critics_loss, q_mean = timed_loss("critic", critic_gradient, learner, batch, samples, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
-    learner = timed_loss("loss/dual", SOLVERS[config.temperature_solver], learner, samples.values, config)
-    gradient, policy_loss, policy = timed_loss("loss/actor", actor_gradient, learner, batch, samples, config)
+    learner = timed_loss("dual", SOLVERS[config.temperature_solver], learner, samples.values, config)
+    gradient, policy_loss, policy = timed_loss("actor", actor_gradient, learner, batch, samples, config)
     learner = timed("weight_update", descend, learner, "actor", gradient, config.policy_lr)
     gradient, kls = timed("kl", multipliers_gradient, learner, policy, samples, config)
     measures = timed("kl", policy_metrics, learner, policy, samples, kls, config)
@@ -693,8 +701,7 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                start, end = run.global_step - config.log_interval, run.global_step
-                for step in range(start, end, config.vector_step):
+                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
@@ -703,8 +710,7 @@ def train(config: Config) -> Result:
                     if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
                         learner, values = update(learner, batch, config, stopwatch.timed)
                     else:
-                        arguments = learner, batch, config, stopwatch.fused
-                        learner, values = stopwatch.timed("update", update, *arguments)
+                        learner, values = stopwatch.timed("update", update, learner, batch, config, stopwatch.fused)
                     metrics.append(values)
                 means = mean_metrics(metrics)
                 run.check(means)
@@ -755,9 +761,8 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     alphas = (jnp.full(shape, alpha, jnp.float32) for alpha in (INITIAL_ALPHA_MEAN, INITIAL_ALPHA_COV))
     multipliers = Multipliers(*map(before_positive, alphas))
     is_learned = config.temperature_solver == "adam"
-    begin = optax.adam(0.0).init
-    optimizers = Optimizers(*map(begin, (actor, critics, multipliers)), begin(temperatures) if is_learned else ())
-    return Learner(actor, critics, *copied((actor, critics)), temperatures, multipliers, optimizers)
+    moments = (*map(begin_adam, (actor, critics, multipliers)), begin_adam(temperatures) if is_learned else ())
+    return Learner(actor, critics, *copied((actor, critics)), temperatures, multipliers, Optimizers(*moments))
 
 
 # twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
@@ -782,25 +787,23 @@ def new_stopwatch() -> "Stopwatch":
     return Stopwatch(jax.block_until_ready, compiled)
 
 
-# twin: sac_jax mpo_jax
+# twin: td3_jax sac_jax mpo_jax
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
     """Compiles what is to be compiled, by updates in either form on zeros; the weights stay as they are."""
     if config.eval_episodes:
         act(learner.actor, np.zeros((config.eval_episodes, envs.observation_dim), np.float32))
-    observations, noise = (
-        np.zeros((config.num_envs, size), np.float32) for size in (envs.observation_dim, envs.action_dim)
-    )
-    act(learner.actor, observations, noise)
     if not config.num_iterations:
         return
+    rng, observations = np.random.default_rng(0), np.zeros((config.num_envs, envs.observation_dim), np.float32)
+    explore(learner.actor, observations, envs.action_dim, config.learning_starts, config, rng)
     capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
-    few = dataclasses.replace(config, buffer_size=capacity)
-    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    one_iteration = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(one_iteration, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
+        batch = sample_batch(buffer, range(count), config, rng)  # number 0 moves all that moves now and then
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -909,7 +912,7 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
-        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
+        size *= 3  # safetensors makes two copies of what it writes, at a signal if never else
         available = psutil.virtual_memory().available
         if size > available:
             what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"

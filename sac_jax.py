@@ -25,7 +25,8 @@ The defaults are CleanRL's; the README has commands for other environments.
 
     initialise policy π, critics Q₁ and Q₂, their targets Q'₁ and Q'₂ as copies, temperature α
     repeat
-        act with π in N environments; the transitions (s, a, r, s') go to the replay buffer
+        act with π in N environments, but at random and without updates in the first `learning_starts` steps
+        keep the transitions (s, a, r, s') in the replay buffer
         repeat `updates_per_step` times for each transition
             sample a minibatch of B transitions
             ã ~ π(·|s')
@@ -108,7 +109,7 @@ class Config:
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 1e-3  # Adam's learning rate of the critics and the temperature
     num_envs: Count = 1  # N, environments that step together
-    action_repeat: Count = 1  # times that the environment takes each action; every time is a step
+    action_repeat: Count = 1  # times that the environment takes an action; each counts, even if the episode ends sooner
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     learning_starts: Steps = 5_000  # steps with random actions before the first update
     batch_size: Count = 256  # B, transitions of a minibatch
@@ -178,8 +179,8 @@ class Critics(Network):
 
     @classmethod
     def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
-        networks = [Network.create(module, key, *inputs) for key in keys]
-        return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
+        init = jax.jit(jax.vmap(lambda key: module.init(key, *inputs)["params"]))
+        return cls(init(keys), module)
 
     def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(…, O), (…, A) -> (C, …)"""
@@ -348,6 +349,9 @@ def alpha_gradient(learner: Learner, batch: Batch, log_probs: Tensor) -> tuple[T
     return gradient, loss
 
 
+begin_adam = optax.adam(0.0).init  # moments alone: each step brings its learning rate
+
+
 # twin: td3_jax sac_jax mpo_jax
 def descend(learner: Learner, name: str, gradient: Network | Tensor, learning_rate: float) -> Learner:
     """One step of Adam on this field of the learner"""
@@ -365,13 +369,17 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    timed_loss = partial(timed, "loss", timed)  # clocked twice: as the loss and as a part of it
-    gradient, critics_loss, q_mean, alpha = timed_loss("loss/critic", critic_gradient, learner, batch, config)
+
+    def timed_loss(part: str, *call):
+        """Clocked twice: as the loss and as a part of it"""
+        return timed("loss", timed, f"loss/{part}", *call)
+
+    gradient, critics_loss, q_mean, alpha = timed_loss("critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
-    gradient, policy_loss, log_probs, entropy = timed_loss("loss/actor", actor_gradient, learner, batch, config)
+    gradient, policy_loss, log_probs, entropy = timed_loss("actor", actor_gradient, learner, batch, config)
     learner = timed("weight_update", descend, learner, "actor", gradient, config.policy_lr)
     if config.autotune:
-        gradient, temperature_loss = timed_loss("loss/alpha", alpha_gradient, learner, batch, log_probs)
+        gradient, temperature_loss = timed_loss("alpha", alpha_gradient, learner, batch, log_probs)
         learner = timed("weight_update", descend, learner, "log_alpha", gradient, config.q_lr)
     else:
         temperature_loss = 0 * policy_loss
@@ -469,8 +477,7 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                start, end = run.global_step - config.log_interval, run.global_step
-                for step in range(start, end, config.vector_step):
+                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
@@ -479,8 +486,7 @@ def train(config: Config) -> Result:
                     if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
                         learner, values = update(learner, batch, config, stopwatch.timed)
                     else:
-                        arguments = learner, batch, config, stopwatch.fused
-                        learner, values = stopwatch.timed("update", update, *arguments)
+                        learner, values = stopwatch.timed("update", update, learner, batch, config, stopwatch.fused)
                     metrics.append(values)
                 means = mean_metrics(metrics)
                 run.check(means)
@@ -527,7 +533,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     critic_keys = jax.random.split(critics_key)
     critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
     log_alpha = jnp.zeros((), jnp.float32)
-    optimizers = Optimizers(*map(optax.adam(0.0).init, (actor, critics, log_alpha)))
+    optimizers = Optimizers(*map(begin_adam, (actor, critics, log_alpha)))
     return Learner(actor, critics, copied(critics), log_alpha, optimizers)
 
 
@@ -541,33 +547,32 @@ def new_stopwatch() -> "Stopwatch":
     static, donated = {"static_argnames": "config"}, {"donate_argnames": "learner"}
     compiled = {
         update: jax.jit(update, static_argnames=("config", "timed"), **donated),
+        critic_gradient: jax.jit(critic_gradient, **static),
+        actor_gradient: jax.jit(actor_gradient, **static),
         alpha_gradient: jax.jit(alpha_gradient),
+        descend: jax.jit(descend, static_argnames=("name", "learning_rate"), **donated),
+        update_targets: jax.jit(update_targets, **static, **donated),
     }
-    compiled |= {f: jax.jit(f, **static) for f in (critic_gradient, actor_gradient)}
-    compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
-    compiled[update_targets] = jax.jit(update_targets, **static, **donated)
     return Stopwatch(jax.block_until_ready, compiled)
 
 
-# twin: sac_jax mpo_jax
+# twin: td3_jax sac_jax mpo_jax
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
     """Compiles what is to be compiled, by updates in either form on zeros; the weights stay as they are."""
     if config.eval_episodes:
         act(learner.actor, np.zeros((config.eval_episodes, envs.observation_dim), np.float32))
-    observations, noise = (
-        np.zeros((config.num_envs, size), np.float32) for size in (envs.observation_dim, envs.action_dim)
-    )
-    act(learner.actor, observations, noise)
     if not config.num_iterations:
         return
+    rng, observations = np.random.default_rng(0), np.zeros((config.num_envs, envs.observation_dim), np.float32)
+    explore(learner.actor, observations, envs.action_dim, config.learning_starts, config, rng)
     capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
-    few = dataclasses.replace(config, buffer_size=capacity)
-    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    one_iteration = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(one_iteration, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
+        batch = sample_batch(buffer, range(count), config, rng)  # number 0 moves all that moves now and then
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -673,7 +678,7 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
-        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
+        size *= 3  # safetensors makes two copies of what it writes, at a signal if never else
         available = psutil.virtual_memory().available
         if size > available:
             what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"

@@ -24,7 +24,8 @@ The defaults are CleanRL's; the README has commands for other environments.
 
     initialise policy π, critics Q₁ and Q₂, and targets π', Q'₁, Q'₂ as copies of them
     repeat
-        act with π plus noise in N environments; the transitions (s, a, r, s') go to the replay buffer
+        act with π plus noise in N environments, but at random and without updates in the first `learning_starts` steps
+        keep the transitions (s, a, r, s') in the replay buffer
         repeat `updates_per_step` times for each transition
             sample a minibatch of B transitions
             ã = clip(π'(s') + clip(ε, -c, c), -1, 1),   ε ~ N(0, σ²)
@@ -106,7 +107,7 @@ class Config:
     total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
     learning_rate: Positive = 3e-4  # Adam's learning rate of the policy and the critics
     num_envs: Count = 1  # N, environments that step together
-    action_repeat: Count = 1  # times that the environment takes each action; every time is a step
+    action_repeat: Count = 1  # times that the environment takes an action; each counts, even if the episode ends sooner
     buffer_size: Count = 1_000_000  # transitions that the replay buffer keeps
     learning_starts: Steps = 25_000  # steps with random actions before the first update
     batch_size: Count = 256  # B, transitions of a minibatch
@@ -178,8 +179,8 @@ class Critics(Network):
 
     @classmethod
     def create(cls, module: nn.Module, keys: Tensor, *inputs: Tensor) -> "Critics":
-        networks = [Network.create(module, key, *inputs) for key in keys]
-        return cls(jax.tree.map(lambda *params: jnp.stack(params), *(network.params for network in networks)), module)
+        init = jax.jit(jax.vmap(lambda key: module.init(key, *inputs)["params"]))
+        return cls(init(keys), module)
 
     def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(…, O), (…, A) -> (C, …)"""
@@ -229,7 +230,7 @@ class Batch(NamedTuple):
     terminated: np.ndarray  # (U, B)
     next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated, unused where it terminated
     next_noise: np.ndarray  # (U, B, A) on the target actions, not clipped yet
-    is_delayed: np.ndarray  # (U,): the policy and the targets move too
+    moves_policy: np.ndarray  # (U,): the policy and the targets move too
 
 
 class Optimizers(NamedTuple):
@@ -313,6 +314,9 @@ def actor_gradient(learner: Learner, batch: Batch) -> tuple[Network, Tensor]:
     return gradient, loss
 
 
+begin_adam = optax.adam(0.0).init  # moments alone: each step brings its learning rate
+
+
 # twin: td3_jax sac_jax mpo_jax
 def descend(learner: Learner, name: str, gradient: Network | Tensor, learning_rate: float) -> Learner:
     """One step of Adam on this field of the learner"""
@@ -333,16 +337,20 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
 
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
-    timed_loss = partial(timed, "loss", timed)  # clocked twice: as the loss and as a part of it
-    gradient, critics_loss, q_mean = timed_loss("loss/critic", critic_gradient, learner, batch, config)
+
+    def timed_loss(part: str, *call):
+        """Clocked twice: as the loss and as a part of it"""
+        return timed("loss", timed, f"loss/{part}", *call)
+
+    gradient, critics_loss, q_mean = timed_loss("critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.learning_rate)
 
-    def delayed(learner: Learner) -> tuple[Learner, Tensor]:
-        gradient, loss = timed_loss("loss/actor", actor_gradient, learner, batch)
+    def move_policy(learner: Learner) -> tuple[Learner, Tensor]:
+        gradient, loss = timed_loss("actor", actor_gradient, learner, batch)
         learner = timed("weight_update", descend, learner, "actor", gradient, config.learning_rate)
         return timed("target_update", update_targets, learner, config), loss
 
-    learner, policy_loss = when(batch.is_delayed, delayed, learner, critics_loss.dtype)
+    learner, policy_loss = when(batch.moves_policy, move_policy, learner, critics_loss.dtype)
     return learner, Metrics(critics_loss, q_mean, policy_loss)
 
 
@@ -404,8 +412,8 @@ def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np
     """For these updates of the run, counted from 1"""
     transitions = buffer.sample((len(updates), config.batch_size), rng)
     next_noise = config.policy_noise * rng.standard_normal(transitions["actions"].shape, np.float32)
-    is_delayed = np.array(updates) % config.policy_frequency == 0
-    return Batch(**transitions, next_noise=next_noise, is_delayed=is_delayed)
+    moves_policy = np.array(updates) % config.policy_frequency == 0
+    return Batch(**transitions, next_noise=next_noise, moves_policy=moves_policy)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -436,8 +444,7 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                start, end = run.global_step - config.log_interval, run.global_step
-                for step in range(start, end, config.vector_step):
+                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
@@ -446,8 +453,7 @@ def train(config: Config) -> Result:
                     if run.is_timed(iteration):  # the same update, phase by phase or in one compiled call
                         learner, values = update(learner, batch, config, stopwatch.timed)
                     else:
-                        arguments = learner, batch, config, stopwatch.fused
-                        learner, values = stopwatch.timed("update", update, *arguments)
+                        learner, values = stopwatch.timed("update", update, learner, batch, config, stopwatch.fused)
                     metrics.append(values)
                 means = mean_metrics(metrics)
                 run.check(means)
@@ -493,7 +499,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
     critic_keys = jax.random.split(critics_key)
     critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
-    return Learner(actor, critics, *copied((actor, critics)), Optimizers(*map(optax.adam(0.0).init, (actor, critics))))
+    return Learner(actor, critics, *copied((actor, critics)), Optimizers(*map(begin_adam, (actor, critics))))
 
 
 # twin: ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax
@@ -508,28 +514,30 @@ def new_stopwatch() -> "Stopwatch":
         update: jax.jit(update, static_argnames=("config", "timed"), **donated),
         critic_gradient: jax.jit(critic_gradient, **static),
         actor_gradient: jax.jit(actor_gradient),
+        descend: jax.jit(descend, static_argnames=("name", "learning_rate"), **donated),
+        update_targets: jax.jit(update_targets, **static, **donated),
     }
-    compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
-    compiled[update_targets] = jax.jit(update_targets, **static, **donated)
     return Stopwatch(jax.block_until_ready, compiled)
 
 
+# twin: td3_jax sac_jax mpo_jax
 def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "Stopwatch") -> None:
     """Compiles what is to be compiled, by updates in either form on zeros; the weights stay as they are."""
-    for num_envs in {config.num_envs, config.eval_episodes} - {0}:
-        act(learner.actor, np.zeros((num_envs, envs.observation_dim), np.float32))
+    if config.eval_episodes:
+        act(learner.actor, np.zeros((config.eval_episodes, envs.observation_dim), np.float32))
     if not config.num_iterations:
         return
+    rng, observations = np.random.default_rng(0), np.zeros((config.num_envs, envs.observation_dim), np.float32)
+    explore(learner.actor, observations, envs.action_dim, config.learning_starts, config, rng)
     capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
-    few = dataclasses.replace(config, buffer_size=capacity)
-    buffer = ReplayBuffer(few, config.num_envs, envs.observation_dim, envs.action_dim)
+    one_iteration = dataclasses.replace(config, buffer_size=capacity)
+    buffer = ReplayBuffer(one_iteration, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(1, count + 1), config, np.random.default_rng(0))
+        batch = sample_batch(buffer, range(count), config, rng)  # number 0 moves all that moves now and then
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
-    batch = batch._replace(is_delayed=np.ones(count, bool))
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
 
@@ -636,7 +644,7 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
-        size *= 2 if config.checkpoint_every else 1  # a checkpoint is made of a copy
+        size *= 3  # safetensors makes two copies of what it writes, at a signal if never else
         available = psutil.virtual_memory().available
         if size > available:
             what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"

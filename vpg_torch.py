@@ -323,19 +323,22 @@ def update(
     `timed(phase, function, *arguments)` is function(*arguments), clocked as that phase where the update is not fused.
     """
     policy, critic, policy_optimizer, critic_optimizer = learner
-    timed_loss, value_losses = partial(timed, "loss", timed), []
+
+    def timed_loss(part: str, *call):
+        """Clocked twice: as the loss and as a part of it"""
+        return timed("loss", timed, f"loss/{part}", with_gradient, *call)
+
     batch = Batch(*timed("gae", to_tensors, critic, batch))
     values, advantages, returns = timed("gae", targets, critic, batch, config)
     metrics = {"explained_variance": timed("gae", explained_variance, values, returns)}
     advantages = timed("gae", normalised, advantages) if config.norm_adv else advantages
-    gradient, results = timed_loss(
-        "loss/policy", with_gradient, policy_loss, policy, batch, advantages, config.ent_coef
-    )
+    gradient, results = timed_loss("policy", policy_loss, policy, batch, advantages, config.ent_coef)
     _, metrics["policy_loss"], metrics["entropy"], log_probs = results
     metrics["grad_norm"] = timed("weight_update", descend, policy_optimizer, gradient)
     metrics |= timed("kl", kl_divergence, policy, batch, log_probs)
+    value_losses = []
     for _ in range(config.value_iters):
-        gradient, (squared_error,) = timed_loss("loss/value", with_gradient, value_loss, critic, batch, returns)
+        gradient, (squared_error,) = timed_loss("value", value_loss, critic, batch, returns)
         timed("weight_update", descend, critic_optimizer, gradient)
         value_losses.append(squared_error)
     metrics["value_loss"] = torch.stack(value_losses).mean()

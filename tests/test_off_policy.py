@@ -196,7 +196,7 @@ def test_the_buffer_draws_evenly_and_stores_each_observation_once(module):
 @each
 def test_a_buffer_that_does_not_fit_is_refused(module):
     config = configured(module, buffer_size=10**12, total_timesteps=10**13, log_interval=10**6)
-    with pytest.raises(module.BadInput, match=r"--buffer-size 1000000000000: .* would take 52000\.0 GB of"):
+    with pytest.raises(module.BadInput, match=r"--buffer-size 1000000000000: .* would take 78000\.0 GB of"):
         module.train(config)
     module.ReplayBuffer(dataclasses.replace(config, total_timesteps=10**3), 1, 3, 2)  # this run needs no more than that
 
