@@ -304,9 +304,6 @@ class Bandit(gym.Env):
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Box(low, high)
 
-    def __init__(self, render_mode: str | None = None):
-        self.render_mode = render_mode
-
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         self.sign = self.np_random.choice([-1, 1])
@@ -329,8 +326,8 @@ class Signal(gym.Env):
     observation_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space = spaces.Discrete(2)
 
-    def __init__(self, delay: int = 4, render_mode: str | None = None):
-        self.delay, self.render_mode = delay, render_mode
+    def __init__(self, delay: int = 4):
+        self.delay = delay
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)

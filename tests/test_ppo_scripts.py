@@ -233,6 +233,28 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
 # ---------------------------------------------------------------------------------------------------- same, and again
 
 
+@pytest.mark.parametrize(("target_kl", "epochs"), [(1e-12, 1), (None, 3)])
+@each
+def test_parts_of_the_loss_are_those_of_the_epochs_that_ran(module, target_kl, epochs, tmp_path, monkeypatch):
+    weights, timed = {}, module.Stopwatch.timed
+
+    def spy(self, phase, function, *arguments, **options):
+        weights[phase] = options.get("weight", 1)
+        return timed(self, phase, function, *arguments, **options)
+
+    monkeypatch.setattr(module.Stopwatch, "timed", spy)
+    flags = {"update_epochs": 3, "num_minibatches": 2, "target_kl": target_kl, "timing_interval": 1}
+    model_after(module, tmp_path / "run", **flags)
+    parts = {"loss/forward", "loss/policy", "loss/value"}
+    assert {phase: weight for phase, weight in weights.items() if weight != 1} == dict.fromkeys(parts, 2 * epochs)
+
+
+@pytest.mark.parametrize("module", [ppo_torch, ppo_mlx], ids=lambda module: module.__name__)
+def test_without_training_no_loss_is_compiled(module, tmp_path, monkeypatch):
+    monkeypatch.delattr(module, "policy_loss")
+    model_after(module, tmp_path / "run", total_timesteps=0)
+
+
 @each_other
 def test_timing_leaves_the_weights_alone(module, tmp_path):
     """To 1e-5 over three iterations where compiled code sums in another order; MLX compiles nothing by default."""

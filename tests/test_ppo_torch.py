@@ -26,6 +26,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
+from gymnasium import spaces
 from imageio.v3 import imiter
 from scipy import special, stats
 from torch import Tensor, nn
@@ -1177,6 +1178,43 @@ def test_video(tmp_path, config):
     assert abs(len(frames) - length) <= 1
     assert frames[0].shape == ((84, 84, 3) if config.env_id.startswith("ALE/") else (400, 600, 3))
     assert np.abs(frames[0].astype(int) - frames[-1]).max() > 50  # something moves
+
+
+def test_a_film_ends_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_torch, "LONGEST_FILM", 5)
+    config = Config(eval_episodes=1, vectorization="sync")
+    assert quiet(config, tmp_path / "run", total_timesteps=0, capture_video=True).evaluation_returns[0] > 6
+    (video,) = (tmp_path / "run/videos").glob("*.mp4")
+    assert abs(len(list(imiter(video, plugin="FFMPEG"))) - 5) <= 1
+
+
+SPACES = [
+    (spaces.Discrete(3, start=2, dtype=np.int32), [[0], [2]], [2, 4]),
+    (spaces.MultiDiscrete([2, 3], start=[1, 0], dtype=np.int32), [[0, 2], [1, 0]], [[1, 2], [2, 0]]),
+    (spaces.Box(-1, 2, (1,), np.float16), [[-3.0], [0.5]], [[-1], [0.5]]),
+    (spaces.Box(-1, 2, (1,), np.float64), [[-3.0], [0.5]], [[-1], [0.5]]),
+]
+
+
+@pytest.mark.parametrize(("space", "actions", "expected"), SPACES, ids=str)
+def test_what_an_environment_takes_is_in_its_action_space(space, actions, expected):
+    actions = np.array(actions, np.float32 if isinstance(space, spaces.Box) else np.int64)
+    found = ppo_torch.environment_actions(actions, space)
+    np.testing.assert_array_equal(found, expected)
+    assert all(action in space for action in found)
+
+
+def test_the_first_reset_is_in_no_iteration(tmp_path, monkeypatch):
+    """It is in the phase `checkpoint`, as those after checkpoints are."""
+    calls, timed = [], ppo_torch.Stopwatch.timed
+
+    def spy(self, phase, function, *arguments, **options):
+        calls.append((phase, function.__name__))
+        return timed(self, phase, function, *arguments, **options)
+
+    monkeypatch.setattr(ppo_torch.Stopwatch, "timed", spy)
+    quiet(Config(num_steps=16, vectorization="sync"), tmp_path / "run", total_timesteps=64, eval_episodes=0)
+    assert calls.index(("checkpoint", "restart")) < calls.index(("step", "step"))
 
 
 @pytest.fixture(scope="module")

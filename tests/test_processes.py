@@ -4,9 +4,11 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import ppo_torch
 import vpg_torch
@@ -154,6 +156,32 @@ def test_processes_with_other_weights_are_found_out(module, function, optimizer,
     outcome = torchrun(tmp_path / "output", 2, tmp_path / "worker.py", *flags).end()
     assert outcome.code != 0
     assert any("have different weights at step 64" in line for line in outcome.err), outcome.err
+
+
+@each
+def test_a_process_that_loses_another_says_so(module, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(module.dist, "all_reduce", lost)
+    with pytest.raises(module.TrainingFailed, match="another process has ended"):
+        module.over_processes(torch.zeros(1), module.dist.ReduceOp.SUM)
+
+
+@each
+def test_a_signal_in_the_last_meeting_of_the_processes_is_kept(module, monkeypatch):
+    """It came after this process said that it had heard of none."""
+    run = module.SharedRun.__new__(module.SharedRun)
+    run.config, run.iteration, run.stop_signal, run.learner = SimpleNamespace(num_iterations=1), 1, None, None
+
+    def meeting(x, operation):
+        run.on_signal(signal.SIGTERM, None)
+        return x
+
+    monkeypatch.setattr(module, "to_numpy", lambda learner: {})
+    monkeypatch.setattr(module, "over_processes", meeting)
+    monkeypatch.setattr(module.Run, "iterations", lambda self: iter([1]))
+    assert list(run.iterations()) == [1] and run.stop_signal == signal.SIGTERM
 
 
 @each

@@ -35,6 +35,7 @@ import safetensors.numpy
 
 import compare
 import ppo_jax
+import ppo_lstm_jax
 import ppo_mlx
 import ppo_torch
 from benchmarks.records import whole
@@ -761,7 +762,7 @@ def strange(**kwargs: str) -> str:
 
 
 NUMBERS = {  # values out of range of every flag that takes a number
-    "seed": "-1 1.5 x 99999999999999999999999",
+    "seed": "-1 1.5 x 4294967296",
     "total_timesteps": "-1 31 x",
     "learning_rate": "0 -1 nan inf x",
     "final_learning_rate": "-1 nan inf",
@@ -803,7 +804,6 @@ BAD_INPUT = [
         for text in ("{", "[1]", "null", "3", "{\n", "{'a': 1}", "")
     ),
     case("""--env-kwargs '{"nonsense": 1}'""", "nonsense", "CartPole-v1"),
-    case("""--env-kwargs '{"render_mode": "human"}'""", "render_mode"),
     *(
         case(strange(action=name), "--env-kwargs", "action space")
         for name in ("multi-binary", "integers", "tuple", "table")
@@ -811,6 +811,8 @@ BAD_INPUT = [
     *(case(strange(observation=name), "observation space") for name in ("sequence", "text", "graph")),
     case(strange(observation="small image"), "36"),
     case("--env-id ALE/Pong-v5 --norm-obs", "--norm-obs"),
+    case("""--env-id ALE/Pong-v5 --env-kwargs '{"grayscale": false}'""", "grey"),
+    case("""--env-id ALE/Pong-v5 --env-kwargs '{"img_height": 20, "img_width": 20}'""", "36", "(20, 20)"),
     case("--capture-video --env-id tests.environments:Counting-v0", "--capture-video"),
     case("--device tpu", "--device"),
     case("--vectorization threads", "--vectorization"),
@@ -855,6 +857,28 @@ def test_a_directory_that_holds_a_run(copied):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     assert_refused(main(*SILENT, "--run-dir", copied), f"--resume {copied}")
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+
+
+def test_two_runs_of_one_second_have_a_directory_each(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda style: "now")
+    (first, _), (second, _) = (ppo_torch.directory_of_run(ppo_torch.Config()) for _ in range(2))
+    assert first == Path("runs/CartPole-v1__ppo_torch__1__now") and second != first
+    assert second.name.startswith(first.name)
+
+
+def test_a_name_that_is_too_long_for_a_directory():
+    name = 260 * "x"
+    assert_refused(main(*SILENT, "--exp-name", name), name, "too long")
+
+
+def test_a_film_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("moviepy.ImageSequenceClip.write_videofile", full)
+    outcome = main(*SILENT, "--capture-video", "--run-dir", tmp_path / "run")
+    assert outcome.code == 0 and (tmp_path / "run/model.safetensors").exists()
+    assert outcome.err == ["warning: no film of step 320: No space left on device"]
 
 
 def test_too_many_threads_do_not_crash(start):
@@ -985,10 +1009,14 @@ def test_the_last_good_checkpoint_stays(tmp_path):
     assert not (directory / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("what", ["observation", "reward"])
-def test_an_evaluation_that_gives_no_number_is_named(what, tmp_path):
-    flags = [*SILENT, *not_a_number(what=what, length=20, at=5, which=2), "--checkpoint-interval", "0"]
-    assert_failed(main(*flags, "--run-dir", tmp_path / "run"), "NotANumber-v0", what, "not finite")
+@pytest.mark.parametrize(("what", "at"), [("observation", 5), ("reward", 5), ("reward", 20)])
+@pytest.mark.parametrize("module", [ppo_torch, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_an_evaluation_that_gives_no_number_is_named(module, what, at, tmp_path):
+    """Also in the last step of an episode, of 20"""
+    flags = [*SILENT, *not_a_number(what=what, length=20, at=at, which=2), "--checkpoint-interval", "0"]
+    flags += ["--sequence-length", "8"] if module is ppo_lstm_jax else []
+    outcome = main(*flags, "--run-dir", tmp_path / "run", module=module)
+    assert_one_line(outcome, 1, "NotANumber-v0", what, "not finite", module=module)
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
@@ -1000,11 +1028,12 @@ def test_an_exploding_run_stops(env_id, tmp_path):
     assert env_id not in outcome.err[0] and not (directory / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("total_timesteps", [32, 64, 320])
-def test_weights_that_are_no_numbers_stop_the_run(total_timesteps, tmp_path):
+@pytest.mark.parametrize(("total_timesteps", "checkpoint_interval"), [(32, 32), (64, 32), (320, 32), (32, 0)])
+def test_weights_that_are_no_numbers_stop_the_run(total_timesteps, checkpoint_interval, tmp_path):
     """One step of 3e38 from finite gradients: nothing but the weights shows it, and no environment is to blame."""
-    flags = "--env-id Pendulum-v1 --learning-rate 3e38 --num-minibatches 1 --update-epochs 1 --checkpoint-interval 32"
-    flags = [*SILENT, *flags.split(), "--max-grad-norm", "1e9", "--total-timesteps", str(total_timesteps)]
+    flags = "--env-id Pendulum-v1 --learning-rate 3e38 --num-minibatches 1 --update-epochs 1 --max-grad-norm 1e9"
+    flags += f" --total-timesteps {total_timesteps} --checkpoint-interval {checkpoint_interval}"
+    flags = [*SILENT, *flags.split()]
     outcome = main(*flags, "--run-dir", tmp_path / "run")
     assert_failed(outcome, "not finite")
     assert "Pendulum" not in outcome.err[0]

@@ -231,6 +231,23 @@ def test_bounds_whose_distance_is_no_float():
     np.testing.assert_array_equal(actions, [[-largest], [0], [largest]])
 
 
+@pytest.mark.parametrize(
+    ("space", "actions", "expected"),
+    [
+        (spaces.Discrete(3, start=2, dtype=np.int32), [0, 2], [2, 4]),
+        (spaces.MultiDiscrete([2, 3], dtype=np.int32), [[0, 2], [1, 0]], [[0, 2], [1, 0]]),
+        (spaces.Box(-1, 2, (1,), np.float16), [[-3.0], [0.5]], [[-1], [1.25]]),
+        (spaces.Box(-np.inf, 2, (1,), np.float64), [[-3.0], [4.0]], [[-3], [2]]),
+    ],
+    ids=str,
+)
+def test_what_an_environment_takes_is_in_its_action_space(space, actions, expected):
+    actions = np.array(actions, np.float32 if isinstance(space, spaces.Box) else np.int64)
+    found = environment_actions(actions, space)
+    np.testing.assert_array_equal(found, expected)
+    assert all(action in space for action in found)
+
+
 def test_a_batch_keeps_the_structure_of_its_actions():
     with contextlib.closing(Environments(MIXED_SMALL, 2)) as envs:
         envs.restart(0)
