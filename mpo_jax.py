@@ -1070,8 +1070,10 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                 stack.pop_all()
                 return vector
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
-        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
-            raise ValueError("it renders no picture")
+        if is_filmed:
+            vector.reset()
+            if vector.render()[0] is None:
+                raise ValueError("it renders no picture")
         return vector
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
@@ -1232,7 +1234,7 @@ class Stopwatch:
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
-        """Phase None is made of phases: it runs as it is written."""
+        """Phase None: the function clocks phases of its own, so `fused` alone may put compiled code in its place."""
         if phase is None:
             return function(*arguments)
         start = time.perf_counter()

@@ -743,7 +743,7 @@ def probe(learner: Learner, envs: "Environments", batch: Batch, config: Config, 
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     # the first call after a rollout finds cold caches
     stopwatch.fence((minibatch, stopwatch.fused(None, Agent.__call__, agent, minibatch.observations)))
-    timed = partial(stopwatch.timed, weight=stopwatch.calls["shuffle"] * config.num_minibatches)  # an epoch has one
+    timed = partial(stopwatch.timed, weight=stopwatch.calls["kl"] * config.num_minibatches)  # an epoch has one
     policy, values = timed("loss/forward", Agent.__call__, agent, minibatch.observations)
     arguments = policy, agent.log_std, minibatch.actions, agent.nvec
     log_probs, _ = stopwatch.fused(None, log_probs_and_entropies, *arguments)
@@ -1021,8 +1021,10 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                 stack.pop_all()
                 return vector
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
-        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
-            raise ValueError("it renders no picture")
+        if is_filmed:
+            vector.reset()
+            if vector.render()[0] is None:
+                raise ValueError("it renders no picture")
         return vector
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
@@ -1680,7 +1682,7 @@ class Stopwatch:
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
-        """Phase None is made of phases: it runs as it is written."""
+        """Phase None: the function clocks phases of its own, so `fused` alone may put compiled code in its place."""
         if phase is None:
             return function(*arguments)
         start = time.perf_counter()

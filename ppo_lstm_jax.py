@@ -529,15 +529,18 @@ def make_batch(agent: Agent, rollout: Rollout, config: Config) -> Batch:
 
 
 def minibatches(batch: Batch, permutation: np.ndarray, config: Config) -> list[Minibatch]:
-    """One epoch: each sequence once, in the order given; advantages are normalised within each minibatch."""
-    row, column = jnp.divmod(permutation.reshape(config.num_minibatches, 1, -1), config.num_envs)  # (M, 1, B)
-    first = row * config.sequence_length
-    begin = jnp.maximum(first - config.burn_in, 0)
+    """One epoch: each sequence once, in the order given; advantages are normalised within each minibatch.
+
+    Sequence k is the (k // N)-th of environment k % N.
+    """
+    number, env = jnp.divmod(permutation.reshape(config.num_minibatches, 1, -1), config.num_envs)  # (M, 1, B)
+    first = number * config.sequence_length
+    begin = jnp.maximum(first - config.burn_in, 0)  # of the burn-in
     steps = first + jnp.arange(config.sequence_length)[:, None]  # (M, S, B)
     all_steps = jnp.concatenate([begin + jnp.arange(config.burn_in)[:, None], steps], 1)  # (M, W + S, B)
-    seen = (field[all_steps, column] for field in (batch.observations, batch.starts))
-    carry, burn_in = batch.carries[begin[:, 0], column[:, 0]], (first - begin)[:, 0]
-    actions, log_probs, values, advantages, returns = (field[steps, column] for field in batch[3:])
+    seen = (field[all_steps, env] for field in (batch.observations, batch.starts))
+    carry, burn_in = batch.carries[begin[:, 0], env[:, 0]], (first - begin)[:, 0]
+    actions, log_probs, values, advantages, returns = (field[steps, env] for field in batch[3:])
     if config.norm_adv:
         deviations = advantages - advantages.mean((1, 2), keepdims=True)
         advantages = deviations / (advantages.std((1, 2), ddof=1, keepdims=True) + 1e-8)
@@ -788,7 +791,7 @@ def probe(
         stopwatch.timed("update/rollout", collect_on_device, *arguments)
     minibatch = stopwatch.fused(None, minibatches, batch, np.arange(config.num_sequences), config)[0]
     stopwatch.fence(stopwatch.fused(None, forward, agent, minibatch, config))  # the first call finds cold caches
-    timed = partial(stopwatch.timed, weight=stopwatch.calls["shuffle"] * config.num_minibatches)  # an epoch has one
+    timed = partial(stopwatch.timed, weight=stopwatch.calls["kl"] * config.num_minibatches)  # an epoch has one
     policy, values = timed("loss/forward", forward, agent, minibatch, config)
     arguments = policy, agent.log_std, minibatch.actions, agent.nvec
     log_probs, _ = stopwatch.fused(None, log_probs_and_entropies, *arguments)
@@ -1155,8 +1158,10 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                 stack.pop_all()
                 return vector
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
-        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
-            raise ValueError("it renders no picture")
+        if is_filmed:
+            vector.reset()
+            if vector.render()[0] is None:
+                raise ValueError("it renders no picture")
         return vector
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
@@ -1725,7 +1730,7 @@ class Stopwatch:
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
-        """Phase None is made of phases: it runs as it is written."""
+        """Phase None: the function clocks phases of its own, so `fused` alone may put compiled code in its place."""
         if phase is None:
             return function(*arguments)
         start = time.perf_counter()

@@ -353,8 +353,10 @@ def gae(
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
     decays = gamma * lam * (1 - done)
-    advantages, terms = deltas, 1  # Â_t as the sum of its first terms: Σ_l (γλ)^l δ_{t+l}, until `done`
-    while terms < len(deltas):  # each round doubles them: log T rounds, as an operation costs more than its numbers
+    # Â_t = Σ_l (γλ)^l δ_{t+l} until `done`: advantages[t] holds the first `terms` of the sum, decays[t] the factor of
+    # the next one. A round doubles them, so there are log T rounds: an operation costs more than its numbers.
+    advantages, terms = deltas, 1
+    while terms < len(deltas):
         ahead = ((0, terms), (0, 0))
         advantages = advantages + decays * mx.pad(advantages[terms:], ahead)
         decays = decays * mx.pad(decays[terms:], ahead)
@@ -651,7 +653,7 @@ def probe(agent: Agent, batch: Batch, config: Config, stopwatch: "Stopwatch") ->
     """Clocks parts of the loss, never compiled, on one minibatch, as seconds of all minibatches."""
     minibatch = Batch(*(field[: config.batch_size // config.num_minibatches] for field in batch))
     stopwatch.fence((minibatch, agent(minibatch.observations)))  # the first call after a rollout finds cold caches
-    timed = partial(stopwatch.timed, weight=stopwatch.calls["shuffle"] * config.num_minibatches)  # an epoch has one
+    timed = partial(stopwatch.timed, weight=stopwatch.calls["kl"] * config.num_minibatches)  # an epoch has one
     policy, values = timed("loss/forward", Agent.__call__, agent, minibatch.observations)
     log_probs, _ = log_probs_and_entropies(policy, agent.log_std, minibatch.actions, agent.nvec)
     log_ratio = log_probs - minibatch.log_probs
@@ -848,8 +850,10 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
                 stack.pop_all()
                 return vector
         vector = SyncVectorEnv([make] * num_envs, copy=False, **mode)
-        if is_filmed and (vector.reset(), vector.render())[1][0] is None:
-            raise ValueError("it renders no picture")
+        if is_filmed:
+            vector.reset()
+            if vector.render()[0] is None:
+                raise ValueError("it renders no picture")
         return vector
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
@@ -1025,7 +1029,7 @@ class Stopwatch:
         self.lap_start = time.perf_counter()
 
     def timed(self, phase: str | None, function: Callable, *arguments, weight: float = 1):
-        """Phase None is made of phases: it runs as it is written."""
+        """Phase None: the function clocks phases of its own, so `fused` alone may put compiled code in its place."""
         if phase is None:
             return function(*arguments)
         start = time.perf_counter()

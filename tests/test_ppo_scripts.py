@@ -38,6 +38,9 @@ OTHERS = [ppo_mlx, ppo_jax, ppo_lstm_jax]
 each_other = pytest.mark.parametrize("module", OTHERS, ids=lambda module: module.__name__)
 each_with_vpg = pytest.mark.parametrize("module", [vpg_torch, ppo_torch, *OTHERS], ids=lambda module: module.__name__)
 each = pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=lambda module: module.__name__)
+PLACES = [pytest.param(module, "CartPole-v1", id=module.__name__) for module in (ppo_torch, *OTHERS)]
+ON_DEVICE = "gymnax/CartPole-v1"
+PLACES += [pytest.param(module, ON_DEVICE, id=f"{module.__name__} gymnax") for module in (ppo_jax, ppo_lstm_jax)]
 SMALL = {"num_envs": 4, "num_steps": 16, "vectorization": "sync"}
 OF_MEMORY = {"sequence_length": 8, "burn_in": 2, "recompute_hidden": True, "recompute_advantages": True}
 
@@ -234,8 +237,8 @@ def test_the_record_adds_up_to_the_wall_clock(module, timing_interval, tmp_path,
 
 
 @pytest.mark.parametrize(("target_kl", "epochs"), [(1e-12, 1), (None, 3)])
-@each
-def test_parts_of_the_loss_are_those_of_the_epochs_that_ran(module, target_kl, epochs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "env_id"), PLACES)
+def test_parts_of_the_loss_are_those_of_the_epochs_that_ran(module, env_id, target_kl, epochs, tmp_path, monkeypatch):
     weights, timed = {}, module.Stopwatch.timed
 
     def spy(self, phase, function, *arguments, **options):
@@ -243,7 +246,7 @@ def test_parts_of_the_loss_are_those_of_the_epochs_that_ran(module, target_kl, e
         return timed(self, phase, function, *arguments, **options)
 
     monkeypatch.setattr(module.Stopwatch, "timed", spy)
-    flags = {"update_epochs": 3, "num_minibatches": 2, "target_kl": target_kl, "timing_interval": 1}
+    flags = {"update_epochs": 3, "num_minibatches": 2, "target_kl": target_kl, "timing_interval": 1, "env_id": env_id}
     model_after(module, tmp_path / "run", **flags)
     parts = {"loss/forward", "loss/policy", "loss/value"}
     assert {phase: weight for phase, weight in weights.items() if weight != 1} == dict.fromkeys(parts, 2 * epochs)
