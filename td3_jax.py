@@ -342,6 +342,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
         """Clocked twice: as the loss and as a part of it"""
         return timed("loss", timed, f"loss/{part}", *call)
 
+    batch = timed("sample", jax.device_put, batch)  # once, and not in the clock of the loss
     gradient, critics_loss, q_mean = timed_loss("critic", critic_gradient, learner, batch, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.learning_rate)
 
