@@ -417,7 +417,7 @@ def test_every_sample_once_an_epoch():
     seen = []
 
     def timed(phase, function, *arguments):
-        if phase == "loss":
+        if function is ppo_torch.loss_and_gradient:
             seen.append(arguments[1])
         return function(*arguments)
 
@@ -448,16 +448,20 @@ def test_metrics_are_means_over_all_minibatches():
 
     def timed(phase, function, *arguments):
         result = function(*arguments)
-        seen[phase].append(result)
+        seen[function].append(result)
         return result
 
     _, batch, metrics = update(learner, rollout, config, np.random.default_rng(0), timed)
     expected = {
-        name: [losses[name] for _, losses, _ in seen["loss"]] for name in ("policy_loss", "value_loss", "entropy")
+        name: [losses[name] for _, losses, _ in seen[ppo_torch.loss_and_gradient]]
+        for name in ("policy_loss", "value_loss", "entropy")
     }
     # the clip fraction and both KLs are means over an epoch, and so over its minibatches, which have one size
-    expected |= {name: [kl[name] for kl in seen["kl"]] for name in ("approx_kl", "old_approx_kl", "clipfrac")}
-    expected["grad_norm"] = [norm for _, norm in seen["weight_update"]]
+    expected |= {
+        name: [kl[name] for kl in seen[ppo_torch.kl_and_clip_fraction]]
+        for name in ("approx_kl", "old_approx_kl", "clipfrac")
+    }
+    expected["grad_norm"] = [norm for _, norm in seen[ppo_torch.apply_gradient]]
     assert [len(values) for values in expected.values()] == [4, 4, 4, 2, 2, 2, 4]
     for name, values in expected.items():
         assert metrics[f"losses/{name}"] == pytest.approx(np.mean(values), rel=1e-5, abs=1e-7)
