@@ -913,7 +913,7 @@ class ReplayBuffer:
         self.num_envs, self.num_places = num_envs, (transitions // num_envs + 1) * num_envs
         shapes = {"observations": (observation_dim,), "actions": (action_dim,), "rewards": ()}
         size = self.num_places * (4 * (observation_dim + action_dim + 1) + 2)  # bytes
-        size *= 3  # safetensors makes two copies of what it writes, at a signal if never else
+        size *= 3  # safetensors makes two copies of what it writes; a signal writes a checkpoint in any case
         available = psutil.virtual_memory().available
         if size > available:
             what = f"--buffer-size {config.buffer_size}: replay buffer and checkpoints would take {size / 1e9:.1f} GB"

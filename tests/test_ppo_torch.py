@@ -1200,12 +1200,17 @@ SPACES = [
 ]
 
 
-@pytest.mark.parametrize(("space", "actions", "expected"), SPACES, ids=str)
-def test_what_an_environment_takes_is_in_its_action_space(space, actions, expected):
+def assert_in_action_space(module, space: gym.Space, actions: list, expected: list):
+    """What an environment takes for a policy's `actions` is `expected`, in the dtype of its space."""
     actions = np.array(actions, np.float32 if isinstance(space, spaces.Box) else np.int64)
-    found = ppo_torch.environment_actions(actions, space)
+    found = module.environment_actions(actions, space)
     np.testing.assert_array_equal(found, expected)
     assert all(action in space for action in found)
+
+
+@pytest.mark.parametrize(("space", "actions", "expected"), SPACES, ids=str)
+def test_what_an_environment_takes_is_in_its_action_space(space, actions, expected):
+    assert_in_action_space(ppo_torch, space, actions, expected)
 
 
 def test_the_first_reset_is_in_no_iteration(tmp_path, monkeypatch):
