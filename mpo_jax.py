@@ -34,8 +34,8 @@ Optimization", arXiv 2005.07513 (MO-MPO), for the penalty on actions out of boun
             minimise  mean (Q(s, a) - y)²
             E-step: minimise  η ε + η mean log mean exp(Q'(s', aⱼ) / η)  over η;  wⱼ = softmax Q'(s', aⱼ) / η
                 with the action penalty the same for -‖aⱼ - clip aⱼ‖, its own η and ε; wⱼ is the sum of both
-            M-step: maximise  mean Σ wⱼ log π(aⱼ|s')  over π, with the KL from π' to π at most ε_μ for its means and
-                ε_Σ for its covariances: α_μ and α_Σ, learned, are the prices of these
+            M-step: maximise  mean Σ wⱼ (log N(aⱼ; μ, Σ') + log N(aⱼ; μ', Σ))  over μ, Σ of π, with the KL from π' to π
+                at most ε_μ for its means and ε_Σ for its covariances: α_μ and α_Σ, learned, are the prices of these
             move π', Q' by the fraction τ towards π, Q
 
 These choices leave the papers:
@@ -46,7 +46,9 @@ These choices leave the papers:
   The KLs are to the target policy, so that τ sets the pace of the policy too.
 - The critic's targets are of one step: no Retrace.
 - The KLs are held in each dimension of an action (as in Acme; `--no-per-dim-kl` holds their sum).
-- π acts (in Acme's TensorFlow MPO π').
+- Where an episode terminated, the policy is fitted to the first state of the next: the replay buffer holds that one.
+- Learning rates, limits and first multipliers are not Acme's (1e-4; ε_μ = 2.5e-3, ε_Σ = 1e-6; 10 and 1000 there, with
+  returns of five steps), gradients are not clipped, and the first actions are uniformly random.
 
 Shapes: N environments, B samples of a minibatch, S actions sampled in each state, C critics, K objectives (Q and the
 action penalty), U updates in one compiled call, O observation, A dimensions of an action. The policy is a Gaussian
@@ -112,6 +114,7 @@ Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Epsilon = Annotated[float, Field(ge=1e-5, allow_inf_nan=False)]  # a smaller KL is lost in the rounding of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +137,13 @@ class Config:
     num_critics: Count = 1  # C, critics; of several the minimum counts
     num_action_samples: Annotated[int, Field(ge=2)] = 20  # S, actions of the target policy in each state
     temperature_solver: Literal["newton", "slsqp", "adam"] = "newton"  # newton, slsqp: to the optimum; adam: one step
-    epsilon: Positive = 0.1  # ε, KL from the weights of the samples to uniform ones
+    epsilon: Epsilon = 0.1  # ε, KL from the weights of the samples to uniform ones
     epsilon_mean: Positive = 1e-2  # ε_μ, most KL(π' ‖ π) by the means, averaged over states
     epsilon_cov: Positive = 1e-4  # ε_Σ, most KL(π' ‖ π) by the covariances, likewise
     per_dim_kl: bool = True  # hold each action dimension to ε_μ and ε_Σ; else their sum, which needs larger ones
     action_penalty: bool = True  # pull actions into [-1, 1], by a second objective
-    epsilon_penalty: Positive = 1e-3  # ε of the action penalty
-    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the layers, ReLU but for a tanh after the first
+    epsilon_penalty: Epsilon = 1e-3  # ε of the action penalty
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths; ReLU, but layer normalisation and tanh after the first
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
     log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
@@ -240,7 +243,7 @@ def mlp(x: Tensor, *sizes: int) -> Tensor:
     """
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     for i, size in enumerate(sizes[:-1]):
-        x = nn.Dense(size, kernel_init=uniform, name=f"{2 * i}")(x)  # torch's names, which count the ReLU too
+        x = nn.Dense(size, kernel_init=uniform, name=f"{2 * i}")(x)  # torch counts the ReLU too
         x = nn.relu(x) if i else nn.tanh(nn.LayerNorm(name="norm")(x))
     return nn.Dense(sizes[-1], kernel_init=uniform, name=f"{2 * len(sizes) - 2}")(x)
 
@@ -255,8 +258,7 @@ class Batch(NamedTuple):
     actions: np.ndarray  # (U, B, A)
     rewards: np.ndarray  # (U, B)
     terminated: np.ndarray  # (U, B)
-    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated; where it terminated,
-    # the next one's first, to which the policy is fitted too
+    next_observations: np.ndarray  # (U, B, O), true ones where an episode was truncated
     next_noise: np.ndarray  # (U, S, B, A), standard Gaussian, for aⱼ
 
 
@@ -274,7 +276,7 @@ class Samples(NamedTuple):
 
 
 class Multipliers(NamedTuple):
-    """Of the constraints on the KL, for each dimension (A,) or for their sum (); what `positive` makes α of"""
+    """Of the constraints on the KL, for each dimension (A,) or for their sum (): KLs, α, what `positive` makes α of"""
 
     mean: Tensor
     cov: Tensor
@@ -306,9 +308,9 @@ class Metrics(NamedTuple):
     q_mean: Tensor  # of all critics
     actor_loss: Tensor
     temperature: Tensor  # η of Q
-    temperature_error: Tensor  # its distance from the minimum η* of the dual, |η / η* - 1|
-    kl_mean: Tensor  # of one dimension, or of all with --no-per-dim-kl, as ε_μ
-    kl_cov: Tensor  # likewise, as ε_Σ
+    temperature_error: Tensor  # its relative distance from η*, which minimises the dual: |η / η* - 1|
+    kl_mean: Tensor  # mean over the dimensions, or their sum with --no-per-dim-kl
+    kl_cov: Tensor  # likewise
     alpha_mean: Tensor  # α_μ, mean over the dimensions
     alpha_cov: Tensor  # α_Σ, likewise
     std: Tensor  # of the policy, mean over states and dimensions
@@ -345,7 +347,8 @@ def action_cost(actions: Tensor) -> Tensor:
 def temperature_dual(temperature: Tensor, values: Tensor, epsilon: float) -> Tensor:
     """g(η) = η ε + η mean log mean exp(Q / η) (MPO eq. 9), () from values (S, B): log over the mean of samples
 
-    It is convex; its minimum holds the KL from the weights to uniform ones, mean over states, at ε.
+    It is convex; its minimum holds the KL from the weights to uniform ones, mean over states, at ε, or is at the floor
+    of η where no weights come so far from uniform ones.
     """
     log_means = jax.nn.logsumexp(values / temperature, 0) - math.log(len(values))  # (B,)
     return temperature * (epsilon + log_means.mean())
@@ -372,17 +375,21 @@ def weights_kl(temperature: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return kl.mean(), -(weights * (log_ratios - kl) ** 2).sum(0).mean()
 
 
+def largest_temperature(values: Tensor, epsilon: float) -> Tensor:
+    """η* is at most this, (S, B) -> (): where values have a range R, the KL is at most R² / 8η² (Hoeffding)."""
+    ranges = values.max(0) - values.min(0)  # (B,)
+    return jnp.maximum(MIN_DUAL, jnp.sqrt((ranges**2).mean() / (8 * epsilon)))
+
+
 def optimal_temperature(values: Tensor, epsilon: float, start: Tensor) -> Tensor:
     """η* that minimises g, by Newton's method for log KL = log ε over log η, (S, B) -> ()
 
     The KL falls with η, from at most log S to 0, and where η is large log KL is a straight line of slope -2 in log η. A
     Newton step that leaves the bracket or does not halve the one before gives way to bisection, so that it always
-    converges. A range R of the values in a state gives a KL of at most R² / 8η² (Hoeffding): so begins the bracket.
+    converges.
     """
     values = minus_best(values)
-    ranges = -values.min(0)  # (B,)
-    low = jnp.full_like(start, math.log(MIN_DUAL))
-    high = jnp.maximum(low, 0.5 * jnp.log((ranges**2).mean() / (8 * epsilon)))
+    low, high = jnp.full_like(start, math.log(MIN_DUAL)), jnp.log(largest_temperature(values, epsilon))
     high = jnp.where(weights_kl(MIN_DUAL, values)[0] > epsilon, high, low)  # else the constraint does not bind
 
     def is_far(state: tuple) -> Tensor:
@@ -412,7 +419,7 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
     """-mean Σ wⱼ (log N(aⱼ; μ, Σ') + log N(aⱼ; μ', Σ)), from (S, B) and (S, B, A)
 
     The weighted maximum likelihood of MPO eq. 10, where each half of the policy is fitted beside the other half of π':
-    so Σ cannot shrink because μ moves (REPI section 4.2). The weights of each objective add up to 1 in each state.
+    so Σ cannot shrink because μ moves (REPI section 4.2). Σ wⱼ is K, as each objective's add up to 1.
     """
     log_densities = log_density(actions, Gaussian(policy.means, target.stds))
     log_densities += log_density(actions, Gaussian(target.means, policy.stds))
@@ -486,17 +493,24 @@ def solve_by_newton(learner: Learner, values: Tensor, config: Config) -> Learner
 
 
 def solve_by_slsqp(learner: Learner, values: Tensor, config: Config) -> Learner:
-    """To the optimum on the host, by scipy's sequential least squares, which asks JAX for g and its gradient"""
+    """To the optimum on the host, by scipy's sequential least squares, which asks JAX for g and its gradient
+
+    Its tolerance is absolute: so it gets η and g in units in which both are near 1.
+    """
     minimize = importlib.import_module("scipy.optimize").minimize  # comes with JAX; only this solver needs it
 
-    def dual(temperature: np.ndarray, values: Tensor, epsilon: float) -> tuple[float, float]:
-        return tuple(map(float, compiled_dual(temperature[0], values, epsilon)))
+    def optimal(start: float, values: Tensor, epsilon: float) -> float:
+        def dual(scaled: np.ndarray) -> tuple[float, float]:
+            return tuple(float(x) / epsilon for x in compiled_dual(scaled[0], scaled_values, epsilon))
 
-    options = {"jac": True, "method": "SLSQP", "bounds": [(MIN_DUAL, None)], "options": {"ftol": 1e-9}}
+        unit = float(compiled_largest(values, epsilon))
+        scaled_values, bounds = minus_best(values) / unit, [(MIN_DUAL / unit, None)]
+        found = minimize(dual, min(start / unit, 1), jac=True, method="SLSQP", bounds=bounds, options={"ftol": 1e-9})
+        return found.x[0] * unit
+
     starts = np.asarray(positive(learner.temperatures))
-    objectives = zip(map(minus_best, values), epsilons(config), strict=True)
-    optimal = [minimize(dual, x, args=args, **options).x[0] for x, args in zip(starts, objectives, strict=True)]
-    return learner._replace(temperatures=before_positive(jnp.array(optimal, starts.dtype)))
+    temperatures = list(map(optimal, starts.tolist(), values, epsilons(config)))
+    return learner._replace(temperatures=before_positive(jnp.array(temperatures, starts.dtype)))
 
 
 def solve_by_adam(learner: Learner, values: Tensor, config: Config) -> Learner:
@@ -599,7 +613,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
         return timed("loss", timed, f"loss/{part}", *call)
 
     batch = timed("sample", jax.device_put, batch)  # once, and not in the clock of the loss
-    samples = timed_loss("critic", sample_values, learner, batch, config)
+    samples = timed_loss("critic", sample_values, learner, batch, config)  # most of it, and the actor's as well
     gradient, critics_loss, q_mean = timed_loss("critic", critic_gradient, learner, batch, samples, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
     learner = timed_loss("dual", SOLVERS[config.temperature_solver], learner, samples.values, config)
@@ -668,7 +682,7 @@ def num_updates(step: int, config: Config) -> int:
 
 
 def sample_batch(buffer: "ReplayBuffer", updates: range, config: Config, rng: np.random.Generator) -> Batch:
-    """For these updates of the run, counted from 1"""
+    """For so many updates"""
     transitions = buffer.sample((len(updates), config.batch_size), rng)
     shape = len(updates), config.num_action_samples, *transitions["actions"].shape[1:]
     return Batch(**transitions, next_noise=rng.standard_normal(shape, np.float32))
@@ -776,15 +790,15 @@ def new_stopwatch() -> "Stopwatch":
     static, donated = {"static_argnames": "config"}, {"donate_argnames": "learner"}
     whole = jax.jit(update, static_argnames=("config", "timed"), **donated)
 
-    def fused(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
+    def compiled_update(learner: Learner, batch: Batch, config: Config, timed: Callable) -> tuple[Learner, Tensor]:
         """In one piece, but around a solver on the host in compiled pieces"""
         return (update if config.temperature_solver == "slsqp" else whole)(learner, batch, config, timed)
 
     gradients = critic_gradient, actor_gradient, multipliers_gradient
-    changes = solve_by_newton, solve_by_adam, update_multipliers, update_targets
-    compiled = {update: fused} | {f: jax.jit(f, **static) for f in (sample_values, *gradients, policy_metrics)}
+    steps = solve_by_newton, solve_by_adam, update_multipliers, update_targets
+    compiled = {f: jax.jit(f, **static) for f in (sample_values, *gradients, policy_metrics)}
     compiled[descend] = jax.jit(descend, static_argnames=("name", "learning_rate"), **donated)
-    compiled |= {f: jax.jit(f, **static, **donated) for f in changes}
+    compiled |= {f: jax.jit(f, **static, **donated) for f in steps} | {update: compiled_update}
     return Stopwatch(jax.block_until_ready, compiled)
 
 
@@ -804,7 +818,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(count), config, rng)  # number 0 moves all that moves now and then
+        batch = sample_batch(buffer, range(count), config, rng)  # in update 0 the policy of TD3 moves too
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -815,6 +829,7 @@ def compiled_policy(actor: Network, observations: np.ndarray, noise: np.ndarray 
 
 
 compiled_dual = jax.jit(jax.value_and_grad(temperature_dual))  # -> the dual, its derivative
+compiled_largest = jax.jit(largest_temperature)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -842,7 +857,7 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Tenso
     for minibatch in map(Batch, *batch):
         learner, values = step(learner, minibatch)
         metrics.append(values)
-    return learner, np.stack([np.array(values) for values in zip(*metrics, strict=True)])
+    return learner, np.stack([np.array(values) for values in zip(*jax.device_get(metrics), strict=True)])
 
 
 # twin: sac_jax mpo_jax

@@ -537,7 +537,7 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(count), config, rng)  # number 0 moves all that moves now and then
+        batch = sample_batch(buffer, range(count), config, rng)  # in update 0 the policy of TD3 moves too
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -574,7 +574,7 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Tenso
     for minibatch in map(Batch, *batch):
         learner, values = step(learner, minibatch)
         metrics.append(values)
-    return learner, np.stack([np.array(values) for values in zip(*metrics, strict=True)])
+    return learner, np.stack([np.array(values) for values in zip(*jax.device_get(metrics), strict=True)])
 
 
 def mean_metrics(arrays: list[Tensor]) -> dict[str, float]:
