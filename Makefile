@@ -43,7 +43,7 @@ lint: .venv/installed-all
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements/$*.txt
 	@touch $@
 
-# 3.11 first: where a machine holds a CPU build of torch for 3.11 only, 3.12 would fetch gigabytes of CUDA packages.
+# 3.11 first, of which the results were recorded.
 # Each candidate is run before it is believed: pyenv's shims stand in PATH for versions that are not there.
 $(PYTHON):
 	@for python in $$(type -ap python3.11 python3.12 python3 python); do \

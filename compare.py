@@ -46,7 +46,7 @@ from scipy.stats import trim_mean
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ("runs",)  # folders with runs, CSVs of --save, entity/project[/group]
-    output: Path = Path("images")  # folder for the figures
+    output: Path = Path("figures")  # folder for the figures
     prefix: str = "compare"  # figures are named PREFIX_returns.png, PREFIX_times.png, ...
     title: str = ""  # heading of every figure, by default the environment
     save: Path | None = None  # CSV for the numbers behind it all; configs and summaries go to a .json beside it
@@ -65,7 +65,6 @@ SCRIPT_COLOURS = {
     "vpg_torch": "#882255",
 }
 PHASE_COLOURS = {
-    "rollout": "#999933",
     "forward": "#88CCEE",
     "step": "#332288",
     "sample": "#44AA99",
@@ -79,7 +78,7 @@ PHASE_COLOURS = {
     "record": "#6F4E37",
     "other": "#BBBBBB",
 }
-SPARE_COLOURS = ["#661100", "#6699CC", "#AA4466", "#000000"]
+SPARE_COLOURS = ["#661100", "#6699CC", "#AA4466", "#999933"]
 TITLES = {
     **{f"times/{phase}": phase.replace("_", " ") for phase in PHASE_COLOURS},
     "times/step": "environment step",
@@ -87,6 +86,7 @@ TITLES = {
     "times/loss": "loss and gradient",
     "times/kl": "KL",
     "times/update": "fused update",
+    "times/update/rollout": "rollout within update",
     "times/record": "recording",
     "times/loss/forward": "network within loss",
     "times/loss/policy": "policy loss",
@@ -317,8 +317,9 @@ def read_directory(directory: Path) -> list[Run]:
     """Its run, or several where a script keeps them all in one folder"""
     segments = defaultdict(list)
     for file in directory.glob("wandb/*run-*/run-*.wandb"):
-        identity, config, rows = {}, {}, []
+        identity, config, rows, has_end = {}, {}, [], False
         for record in inspect(file):
+            has_end |= record["type"] == "exit"
             body = record.get(record["type"], {})
             if record["type"] == "run":
                 identity = body
@@ -329,12 +330,14 @@ def read_directory(directory: Path) -> list[Run]:
                 rows.append(read_item(body["item"]))
         if identity:  # a run killed in its first second may leave an empty file
             order = config.get("segment", 0), identity["start_time"]  # the clock may have been set back
-            segments[identity["run_id"]].append((order, config, rows))
+            segments[identity["run_id"]].append((order, config, rows, has_end))
     runs = []
     for run_id, of_run in (segments or {"": []}).items():
         of_run.sort(key=lambda segment: segment[0])
         config = of_run[-1][1] if of_run else {}
-        runs += make_run(run_id, config, [(one.get("resumed_at", 0), rows) for _, one, rows in of_run], directory)
+        if of_run and not of_run[-1][-1]:
+            print(f"note: the record in {directory} has no end: its run was killed, or goes on", file=sys.stderr)
+        runs += make_run(run_id, config, [(one.get("resumed_at", 0), rows) for _, one, rows, _ in of_run], directory)
     return runs
 
 
@@ -507,7 +510,7 @@ def number(value: float) -> str:
 
 
 def estimate(runs: list[Run], key: str) -> str:
-    """Interquartile mean and its interval, of three seeds their mean and range; of fewer the values themselves."""
+    """Interquartile mean and its interval, which of three or four seeds is their range; of fewer the values."""
     values = np.array([run.summary[key] for run in runs if key in run.summary])
     if len(values) == 0:
         return "–"
@@ -587,12 +590,12 @@ PER_ITERATION = "ms per iteration"
 def draw_all(runs: list[Run], config: Config) -> list[Path]:
     """Writes each figure whose keys were recorded: the learning curves together, the others for each environment."""
     environments = group(runs, "env_id")
+    several = len(environments) > 1
+    draws = {"times": draw_times, "phases": draw_phases, "losses": draw_losses, "density": draw_density}
     jobs = [("returns", draw_returns, runs, config.title or " and ".join(environments))]
     for env_id, here in environments.items():
-        several = len(environments) > 1
         name = re.sub(r"[^\w.-]", "-", env_id) + "_" if several else ""
         heading = f"{config.title}: {env_id}" if config.title and several else config.title or env_id
-        draws = {"times": draw_times, "phases": draw_phases, "losses": draw_losses, "density": draw_density}
         jobs += [(name + kind, draw, here, heading) for kind, draw in draws.items()]
     config.output.mkdir(parents=True, exist_ok=True)
     written = []
@@ -614,17 +617,19 @@ def new_figure(height: float, title: str, subtitle: str) -> Figure:
     return figure
 
 
-def panels(figure: Any, count: int, runs: list[Run], ylabel: str, sharey: bool = False) -> tuple[list[Axes], float]:
-    """`count` axes over the steps of the runs, and the unit of steps that their labels name."""
-    width = min(count, 3)
+def panels(figure: Any, contents: list[list[Run]], ylabel: str, sharey: bool = False) -> tuple[list[Axes], float]:
+    """Axes over the steps of each of the lists of runs, and the unit of steps that their labels name."""
+    count, width = len(contents), min(len(contents), 3)
     axes = figure.subplots(math.ceil(count / width), width, squeeze=False, sharey=sharey).flat
-    steps = max(max(run.summary["steps"], run.config.get("total_timesteps", 0)) for run in runs)
-    unit, name = (1e6, " (millions)") if steps >= 1e6 else (1e3, " (thousands)") if steps >= 2e3 else (1, "")
+    steps = [max(max(run.summary["steps"], run.config.get("total_timesteps", 0)) for run in runs) for runs in contents]
+    most = max(steps)
+    unit, name = (1e6, " (millions)") if most >= 1e6 else (1e3, " (thousands)") if most >= 2e3 else (1, "")
     for index, axis in enumerate(axes):
         axis.set_visible(index < count)
-        axis.set_xlim(0, max(steps, 1) / unit)
         axis.set_ylabel(ylabel if index % width == 0 else "")
         axis.set_xlabel(f"environment steps{name}" if index + width >= count else "")
+    for axis, end in zip(axes, steps, strict=False):
+        axis.set_xlim(0, max(end, 1) / unit)
     return list(axes[:count]), unit
 
 
@@ -636,9 +641,11 @@ def seeds(runs: list[Run]) -> str:
 def estimator(runs: list[Run]) -> str:
     counts = [len(pooled) for pooled in group(runs, "env_id", "script").values()]
     parts = [seeds(runs)]
-    if max(counts) == 3:  # of three values nothing is trimmed, and their 95 % interval is their range
+    if max(counts) == 3:  # of three values nothing is trimmed
         parts.append("mean and range")
-    elif max(counts) > 3:
+    elif max(counts) == 4:  # the 95 % interval of three or four values is their range
+        parts.append("interquartile mean and range")
+    elif max(counts) > 4:
         parts.append("interquartile mean, 95 % bootstrap interval")
     if min(counts) < 3 and max(counts) > 1:
         parts.append("1 or 2 seeds one by one")
@@ -706,7 +713,7 @@ def draw_panels(
     runs = list({run.id: run for _, here, _ in contents for run in here}.values())
     subtitle = f"{estimator(runs)}; smoothed over {100 * SMOOTHING:g} % of training"
     figure = new_figure(1.2 + height * math.ceil(len(contents) / 3), title, subtitle)
-    axes, unit = panels(figure, len(contents), runs, ylabel, sharey)
+    axes, unit = panels(figure, [here for _, here, _ in contents], ylabel, sharey)
     for axis, (name, here, key) in zip(axes, contents, strict=True):
         for script, pooled in group(here, "script").items():
             draw_curve(axis, pooled, key, colours(runs)[script], unit, 1e3 if milliseconds else 1, each_seed)
@@ -726,7 +733,7 @@ def draw_returns(runs: list[Run], title: str) -> Figure | None:
     environments = group([run for run in runs if run.has(RETURN)], "env_id")
     is_one = len(environments) == 1
     contents = [
-        (kind if is_one else f"{env_id}, {kind}", here, key)
+        (kind if is_one else f"{env_id}\n{kind}", here, key)
         for kind, key in (("training", RETURN), ("evaluation, greedy", EVALUATION))
         for env_id, here in environments.items()
         if key == RETURN or max(sum(key in row for row in run.rows) for run in here) >= 5
@@ -796,10 +803,10 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
         of_fused = phase_milliseconds(scripts[script], "fused").get("iteration")
         total = number(end) + (f" ({number(of_fused)})" if of_fused else "")
         bars.text(end + 0.01 * longest, script, total, va="center", fontsize=8, fontweight="bold")
-    bars.set(xlabel=PER_ITERATION, xlim=(0, 1.15 * longest))
+    bars.set(xlabel=PER_ITERATION, xlim=(0, 1.25 * longest))
     bars.grid(axis="y", visible=False)
     bars.invert_yaxis()
-    axes, unit = panels(below, len(scripts), runs, PER_ITERATION, sharey=True)
+    axes, unit = panels(below, [runs] * len(scripts), PER_ITERATION, sharey=True)
     for axis, (script, pooled) in zip(axes, scripts.items(), strict=True):
         for phase in (phase for phase in colour if phase != "other"):
             draw_curve(axis, pooled, f"times/{phase}", colour[phase], unit, scale=1e3)
@@ -822,7 +829,7 @@ def draw_density(runs: list[Run], title: str) -> Figure | None:
     figure = new_figure(
         1 + 2.4 * math.ceil(len(scripts) / 3), f"{title}: distribution of returns during training", subtitle
     )
-    axes, unit = panels(figure, len(scripts), runs, "return of an episode", sharey=True)
+    axes, unit = panels(figure, [runs] * len(scripts), "return of an episode", sharey=True)
     least = 0.003
     for axis, (script, pooled) in zip(axes, scripts.items(), strict=True):
         shares = np.maximum(episode_shares(pooled, step_edges, return_edges), least)

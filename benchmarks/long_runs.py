@@ -2,7 +2,9 @@
 
     python benchmarks/long_runs.py                             ten minutes of each script, one after the other
     python benchmarks/long_runs.py --jobs 2                    two at a time
-    python benchmarks/long_runs.py --minutes 1 --script vpg_torch sac_jax        a quick look
+    python benchmarks/long_runs.py --script vpg_torch          that script again, the others as they are recorded
+
+(A quick look: `--minutes 1 --output quick.csv --figure quick.png`.)
 
 Writes results/long_runs.csv, a row every two seconds, and images/long_runs.png, and prints the slopes that least
 squares fits to the second half of each run. A thread in the process reads the numbers, the rest is the script as it
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
 from compare import SCRIPT_COLOURS, markdown  # noqa: E402
 
-RESULTS, FIGURE = ROOT / "results" / "long_runs.csv", ROOT / "images" / "long_runs.png"
+RESULTS = ROOT / "results" / "long_runs.csv"
 OFF_POLICY = {"td3_jax", "sac_jax", "mpo_jax"}
 COMMON = "--total-timesteps 1000000000 --eval-interval 5000 --checkpoint-interval 5000 --eval-episodes 2"
 COMMON += " --vectorization sync"
@@ -80,6 +82,8 @@ class Config:
     minutes: float = 10  # of each script
     script: tuple[str, ...] = tuple(SCRIPT_COLOURS)  # scripts
     jobs: int = 1  # runs at a time
+    output: Path = RESULTS
+    figure: Path = ROOT / "images" / "long_runs.png"
 
 
 def watch(script: str, minutes: float) -> list[Sample]:
@@ -128,19 +132,19 @@ def draw(runs: dict[str, list[Sample]]) -> Figure:
     return figure
 
 
-def read() -> dict[str, list[Sample]]:
+def read(path: Path = RESULTS) -> dict[str, list[Sample]]:
     runs: dict[str, list[Sample]] = {}
-    for script, *values in files.load(RESULTS) if RESULTS.exists() else ():
+    for script, *values in files.load(path) if path.exists() else ():
         runs.setdefault(script, []).append(Sample(*map(float, values)))
     return runs
 
 
-def write(runs: dict[str, list[Sample]], jobs: int) -> None:
+def write(runs: dict[str, list[Sample]], config: Config) -> None:
     rows = [
         (script, *(f"{x:g}" for x in sample)) for script in filter(runs.get, SCRIPT_COLOURS) for sample in runs[script]
     ]
-    command = f"python benchmarks/long_runs.py --jobs {jobs}"
-    files.save(RESULTS, command, ("torch", "jax", "mlx", "wandb"), ("script", *Sample._fields), rows)
+    command = f"python benchmarks/long_runs.py --minutes {config.minutes:g} --jobs {config.jobs}"
+    files.save(config.output, command, ("torch", "jax", "mlx", "wandb"), ("script", *Sample._fields), rows)
 
 
 def main() -> None:
@@ -148,10 +152,10 @@ def main() -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         watched = {pool.submit(watch, script, config.minutes): script for script in config.script}
         for future in as_completed(watched):
-            write(read() | {watched[future]: future.result()}, config.jobs)
-    runs = read()
+            write(read(config.output) | {watched[future]: future.result()}, config)
+    runs = read(config.output)
     matplotlib.use("agg")
-    draw(runs).savefig(FIGURE, dpi=130)
+    draw(runs).savefig(config.figure, dpi=130)
     print(markdown_table(runs))
 
 

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,12 @@ from tests import faults
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PPO_ON_ANOTHER_MACHINE = ROOT / "results" / "speed_ppo_another_machine.csv"
+
+
+def assert_in_readme(markdown_table: Callable, read: Callable, name: str) -> None:
+    """With its command and machine below it"""
+    path = ROOT / "results" / f"{name}.csv"
+    assert f"{markdown_table(read(path))}\n\n{files.caption(path)}\n" in README
 
 
 def test_learning_table_in_the_readme_is_that_of_the_records():
@@ -67,7 +74,7 @@ def test_speed_ratios_compare_neighbours_in_time(tmp_path):
 
 
 def test_table_of_the_device_in_the_readme_is_that_of_the_records():
-    assert gymnax_speed.markdown_table(gymnax_speed.recorded(ROOT / "results" / "gymnax_speed.csv")) in README
+    assert_in_readme(gymnax_speed.markdown_table, gymnax_speed.recorded, "gymnax_speed")
 
 
 def test_gains_of_devices_in_the_readme_are_those_of_the_records():
@@ -95,7 +102,7 @@ def test_ratios_on_the_device_compare_neighbours_in_time():
 
 
 def test_processes_table_in_the_readme_is_that_of_the_records():
-    assert processes.markdown_table(processes.read(ROOT / "results" / "processes.csv")) in README
+    assert_in_readme(processes.markdown_table, processes.read, "processes")
 
 
 def test_ratios_of_processes_compare_neighbours_in_time():
@@ -106,11 +113,11 @@ def test_ratios_of_processes_compare_neighbours_in_time():
 
 
 def test_unfenced_table_in_the_readme_is_that_of_the_records():
-    assert unfenced.markdown_table(unfenced.read(ROOT / "results" / "unfenced.csv")) in README
+    assert_in_readme(unfenced.markdown_table, unfenced.read, "unfenced")
 
 
 def test_widths_table_in_the_readme_is_that_of_the_records():
-    assert widths.markdown_table(widths.read(ROOT / "results" / "widths.csv")) in README
+    assert_in_readme(widths.markdown_table, widths.read, "widths")
 
 
 def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
@@ -121,13 +128,13 @@ def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
 
 
 def test_long_runs_table_in_the_readme_is_that_of_the_records():
-    assert long_runs.markdown_table(long_runs.read()) in README
+    assert_in_readme(long_runs.markdown_table, long_runs.read, "long_runs")
 
 
 def test_faults_table_in_the_readme_is_that_of_the_records():
     rows = faults.read()
     assert {row.fault for row in rows} <= {fault.name for fault in faults.FAULTS}
-    assert faults.markdown_table(rows) in README
+    assert_in_readme(faults.markdown_table, lambda path: rows, "faults")
 
 
 def test_the_figures_are_those_of_the_readme():
