@@ -733,18 +733,12 @@ def train(config: Config) -> Result:
                     run.evaluate(partial(act, learner.actor))
                 run.record(means, partial(histogram_samples, learner, buffer, config))
                 if run.is_due(config.checkpoint_every):
-                    run.save_checkpoint(partial(state, learner, buffer), rng)
+                    run.save_checkpoint(learner)
                     # simulators are not saved: new episodes, here as in a run that is resumed here
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
                     buffer.end_episodes()
-            returns = run.conclude(partial(act, learner.actor), partial(state, learner, buffer), rng)
+            returns = run.conclude(partial(act, learner.actor), learner)
     return Result(learner, returns, run.directory)
-
-
-# twin: td3_jax sac_jax mpo_jax
-def state(learner: Learner, buffer: "ReplayBuffer") -> dict[str, np.ndarray]:
-    """All that a checkpoint keeps as arrays"""
-    return to_numpy(learner) | buffer.to_numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------- jax
@@ -1094,7 +1088,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
         flags = f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}" + " --capture-video" * is_filmed
-        hint = "; pip install -r requirements/all.txt" if is_missing else ""
+        hint = "; pip install -r requirements/all.txt" if is_missing and ":" not in config.env_id else ""
         raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
 
 
@@ -1154,7 +1148,8 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
         vector.reset(seed=0)
         actions = vector.action_space.sample()
         seconds = min(timeit.repeat(lambda: vector.step(actions), number=1, repeat=20))
-    return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a job's own
+    return seconds * (num_envs - math.ceil(num_envs / cores)) > 40e-6 * num_envs
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -1361,6 +1356,7 @@ class Run:
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
+        self.rng, self.memory = rng, memory
         arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
         if not arrays:
             return learner
@@ -1469,17 +1465,21 @@ class Run:
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
-    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+    def state(self, learner: Learner) -> dict[str, np.ndarray]:
+        """All that a checkpoint keeps as arrays"""
+        return to_numpy(learner) | self.memory.to_numpy()
+
+    def save_checkpoint(self, learner: Learner) -> None:
         """Keeps this checkpoint and the one before it."""
         self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
-        self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
+        self.stopwatch.timed("checkpoint", self.write_checkpoint, learner)
 
-    def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
+    def write_checkpoint(self, learner: Learner) -> None:
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": self.rng.bit_generator.state}
         progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
         progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
-        save_arrays(path, state(), progress)
+        save_arrays(path, self.state(learner), progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
@@ -1488,14 +1488,12 @@ class Run:
         metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
         save_arrays(directory / "model.safetensors", model, metadata)
 
-    def conclude(
-        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
-    ) -> list[float]:
+    def conclude(self, act: Callable, learner: Learner) -> list[float]:
         """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
         if self.stop_signal or (self.config.checkpoint_every and self.iteration):
-            self.save_checkpoint(state, rng)
+            self.save_checkpoint(learner)
         if self.config.save_model and not self.stop_signal:
-            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
+            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, self.state(learner))
         returns = [] if self.stop_signal else self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()

@@ -88,7 +88,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.utils import update_mean_var_count_from_moments
+from gymnasium.wrappers.utils import RunningMeanStd
 from jax import Array as Tensor
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
@@ -685,16 +685,10 @@ def train(config: Config) -> Result:
                     run.evaluate(partial(act, learner.agent))
                 run.record(metrics | {"charts/learning_rate": rate}, partial(histogram_samples, rollout, batch))
                 if run.is_due(config.checkpoint_every):
-                    run.save_checkpoint(partial(state, learner, envs), rng)
+                    run.save_checkpoint(learner)
                     stopwatch.timed("checkpoint", envs.restart, run.global_step)
-            returns = run.conclude(partial(act, learner.agent), partial(state, learner, envs), rng)
+            returns = run.conclude(partial(act, learner.agent), learner)
     return Result(learner, returns, run.directory)
-
-
-# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
-def state(learner: Learner, envs: "Environments") -> dict[str, np.ndarray]:
-    """All that a checkpoint keeps as arrays"""
-    return to_numpy(learner) | envs.to_numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------- jax
@@ -1029,12 +1023,8 @@ class Environments:
         self.nvec, self.action_dim = action_sizes(self.vector.single_action_space)
         if config.norm_obs and self.observation_dtype == np.uint8:
             raise BadInput("--norm-obs is for vector observations; images are divided by 255 in any case")
-        shapes = {"observation": self.observation_shape} if config.norm_obs else {}
-        shapes |= {"return": ()} if config.norm_reward else {}
-        self.statistics: dict[str, np.ndarray] = {}
-        for name, shape in shapes.items():
-            moments = np.zeros(shape), np.ones(shape), np.array(1e-4)
-            self.statistics |= {f"{name}_mean": moments[0], f"{name}_var": moments[1], f"{name}_count": moments[2]}
+        self.statistics = {"observation": RunningMeanStd(shape=self.observation_shape)} if config.norm_obs else {}
+        self.statistics |= {"return": RunningMeanStd()} if config.norm_reward else {}
 
     def restart(self, *seed: int) -> None:
         """First episodes in environments made anew, so that the seed alone decides what follows."""
@@ -1084,21 +1074,16 @@ class Environments:
     def normalize(self, observations: np.ndarray, learn: bool = True) -> np.ndarray:
         if self.config.norm_obs:
             if learn and not self.is_evaluation:
-                self.update_statistics("observation", observations)
-            mean, var = self.statistics["observation_mean"], self.statistics["observation_var"]
+                self.statistics["observation"].update(observations)
+            mean, var = self.statistics["observation"].mean, self.statistics["observation"].var
             observations = ((observations - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
         return observations.astype(self.observation_dtype, copy=False)
 
     def normalize_rewards(self, rewards: np.ndarray, done: np.ndarray) -> np.ndarray:
         self.discounted_returns = self.config.gamma * self.discounted_returns + rewards
-        self.update_statistics("return", self.discounted_returns)
+        self.statistics["return"].update(self.discounted_returns)
         self.discounted_returns[done] = 0
-        return (rewards / np.sqrt(self.statistics["return_var"] + 1e-8)).clip(-10, 10)
-
-    def update_statistics(self, name: str, samples: np.ndarray) -> None:
-        names = [f"{name}_{moment}" for moment in ("mean", "var", "count")]
-        old, new = (self.statistics[name] for name in names), (samples.mean(0), samples.var(0), len(samples))
-        self.statistics |= zip(names, map(np.asarray, update_mean_var_count_from_moments(*old, *new)), strict=True)
+        return (rewards / np.sqrt(self.statistics["return"].var + 1e-8)).clip(-10, 10)
 
     def for_evaluation(self) -> "Environments":
         """E fresh ones with these statistics, which they do not change"""
@@ -1107,10 +1092,11 @@ class Environments:
         return envs
 
     def to_numpy(self) -> dict[str, np.ndarray]:
-        return self.statistics
+        return {f"{name}_{key}": np.asarray(x) for name, s in self.statistics.items() for key, x in vars(s).items()}
 
     def from_numpy(self, arrays: dict[str, np.ndarray]) -> None:
-        self.statistics = {name: arrays[name] for name in self.statistics}
+        for name, statistics in self.statistics.items():
+            vars(statistics).update({key: arrays[f"{name}_{key}"] for key in ("mean", "var", "count")})
 
     # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
     def pop_episodes(self) -> list[tuple[int, float, int]]:
@@ -1166,7 +1152,7 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
     except Exception as error:
         is_missing = isinstance(error, (ImportError, DependencyNotInstalled))
         flags = f"--env-id {config.env_id} --env-kwargs {config.env_kwargs}" + " --capture-video" * is_filmed
-        hint = "; pip install -r requirements/all.txt" if is_missing else ""
+        hint = "; pip install -r requirements/all.txt" if is_missing and ":" not in config.env_id else ""
         raise BadInput(f"{flags}: {one_line(error)}{hint}") from error
 
 
@@ -1238,7 +1224,8 @@ def async_pays(make: Callable[[], gym.Env], num_envs: int) -> bool:
         vector.reset(seed=0)
         actions = vector.action_space.sample()
         seconds = min(timeit.repeat(lambda: vector.step(actions), number=1, repeat=20))
-    return seconds * (num_envs - math.ceil(num_envs / os.cpu_count())) > 40e-6 * num_envs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # a job's own
+    return seconds * (num_envs - math.ceil(num_envs / cores)) > 40e-6 * num_envs
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
@@ -1841,6 +1828,7 @@ class Run:
 
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         """The state of the checkpoint, where there is one; `memory` has a part in it besides."""
+        self.rng, self.memory = rng, memory
         arrays, self.checkpoint = self.checkpoint, {}  # which may hold a replay buffer
         if not arrays:
             return learner
@@ -1949,17 +1937,21 @@ class Run:
         self.add({"charts/evaluation_return": sum(returns) / len(returns)} if returns else {})
         return returns
 
-    def save_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
+    def state(self, learner: Learner) -> dict[str, np.ndarray]:
+        """All that a checkpoint keeps as arrays"""
+        return to_numpy(learner) | self.memory.to_numpy()
+
+    def save_checkpoint(self, learner: Learner) -> None:
         """Keeps this checkpoint and the one before it."""
         self.stopwatch.timed("record", self.send_row)  # rows end where a resumed run may begin
-        self.stopwatch.timed("checkpoint", self.write_checkpoint, state, rng)
+        self.stopwatch.timed("checkpoint", self.write_checkpoint, learner)
 
-    def write_checkpoint(self, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator) -> None:
-        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": rng.bit_generator.state}
+    def write_checkpoint(self, learner: Learner) -> None:
+        progress = {"iteration": self.iteration, "global_step": self.global_step, "rng": self.rng.bit_generator.state}
         progress |= {"recent_returns": list(self.recent_returns), "run_id": self.run_id}
         progress["rows"] = [{key: float(value) for key, value in row.items()} for _, row in self.unwritten]
         path = self.directory / "checkpoints" / f"step_{self.global_step:012d}.safetensors"
-        save_arrays(path, state(), progress)
+        save_arrays(path, self.state(learner), progress)
         for old in sorted(path.parent.glob("*.safetensors"))[:-2]:
             old.unlink()
 
@@ -1968,14 +1960,12 @@ class Run:
         metadata = {"config": dataclasses.asdict(config), "global_step": self.global_step}
         save_arrays(directory / "model.safetensors", model, metadata)
 
-    def conclude(
-        self, act: Callable, state: Callable[[], dict[str, np.ndarray]], rng: np.random.Generator
-    ) -> list[float]:
+    def conclude(self, act: Callable, learner: Learner) -> list[float]:
         """Last checkpoint, model, evaluation and a word about them; after a signal the checkpoint alone."""
         if self.stop_signal or (self.config.checkpoint_every and self.iteration):
-            self.save_checkpoint(state, rng)
+            self.save_checkpoint(learner)
         if self.config.save_model and not self.stop_signal:
-            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, state())
+            self.stopwatch.timed("checkpoint", self.save_model, self.directory, self.config, self.state(learner))
         returns = [] if self.stop_signal else self.evaluate(act)
         if self.stop_signal:  # perhaps during the evaluation
             self.bar.close()

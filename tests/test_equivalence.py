@@ -164,7 +164,7 @@ def test_every_script_loads_every_model(writer, case, models):
             actions[reader] = np.asarray(reader.act(learner.agent, observations))
             arrays, _ = reader.load_arrays(path)
             weights = {key: x for key, x in reader.to_numpy(learner).items() if not key.startswith("optimizer.")}
-            assert arrays.keys() == weights.keys() | envs.statistics.keys()
+            assert arrays.keys() == weights.keys() | envs.to_numpy().keys()
             for key, value in weights.items():
                 np.testing.assert_array_equal(value, arrays[key], err_msg=key)
     for reader in OTHERS:

@@ -411,7 +411,7 @@ for is_timed in (False, False, True):
     learner, _, batch, metrics = ppo_jax.collect_and_update(learner, envs, [1e-3], config, stopwatch, is_timed)
     found.append({name: np.asarray(x).tolist() for name, x in metrics.items()})
     ppo_jax.probe(learner, envs, batch, config, stopwatch)
-    arrays = ppo_jax.state(learner, envs)
+    arrays = ppo_jax.to_numpy(learner) | envs.to_numpy()
 late = [name for name in late if "backend_compile" in name]
 split = [x for x in jax.tree.leaves(envs.simulator) if not x.sharding.is_fully_replicated]
 print(json.dumps([found, envs.mesh.size, len(split), len(late), np.asarray(learner.agent.weights).ravel().tolist()]))

@@ -442,7 +442,7 @@ def test_evaluation_carries_and_resets_the_state():
 
     mean, var = np.array([500.0, 1.0, 2.0]), np.array([1e5, 4.0, 9.0])
     with contextlib.closing(Environments(config, 3)) as envs:
-        envs.statistics = {"observation_mean": mean, "observation_var": var, "observation_count": np.array(100.0)}
+        envs.from_numpy({"observation_mean": mean, "observation_var": var, "observation_count": np.array(100.0)})
         for _ in range(2):  # the second evaluation remembers nothing of the first
             assert len(evaluate(watched, envs)) == 3
     network, begun, carry = Slow(learner, "actor"), 0, None

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -657,7 +658,7 @@ def test_normalised_observations():
         ends = np.argwhere(expected["truncated"][i * T : (i + 1) * T])
         last = [normalised(expected["next_observations"][i * T + t, n], i * T + t) for t, n in ends]
         np.testing.assert_allclose(rollout.final_observations, last, rtol=1e-5, atol=1e-5)
-    found, (mean, var) = envs.statistics, moments(raw.reshape(-1, 3))
+    found, (mean, var) = envs.to_numpy(), moments(raw.reshape(-1, 3))
     assert set(found) == {"observation_mean", "observation_var", "observation_count"}
     # each step's mean and variance are taken in the observations' float32
     np.testing.assert_allclose(found["observation_mean"], mean, rtol=1e-6)
@@ -680,7 +681,7 @@ def test_normalised_rewards(ends):
         discounted[length > 0] = 0
     np.testing.assert_allclose(np.concatenate([r.rewards for r in collected]), rewards, rtol=1e-6)
     mean, var = moments(np.array(seen))
-    found = envs.statistics
+    found = envs.to_numpy()
     assert found["return_mean"] == pytest.approx(mean) and found["return_var"] == pytest.approx(var)
     sums = [
         (int(n), (-1.0) ** (first + n) * k * (k + 1) / 2, int(k))
@@ -705,11 +706,11 @@ def test_clipped_rewards():
 def test_evaluation_leaves_the_statistics_alone():
     config = known("Counter", norm_obs=True, norm_reward=True, eval_episodes=3)
     learner, envs, _ = rollouts(config, 1)
-    before = {name: array.copy() for name, array in envs.statistics.items()}
+    before = {name: array.copy() for name, array in envs.to_numpy().items()}
     observations = envs.observations.copy()
     returns = evaluate(partial(ppo_torch.act, learner.agent), envs)
     assert len(returns) == 3
-    after = envs.statistics
+    after = envs.to_numpy()
     assert {name for name in before if not np.array_equal(before[name], after[name])} == set()
     np.testing.assert_array_equal(envs.observations, observations)
 
@@ -718,7 +719,7 @@ def test_evaluation_normalises_as_training_does():
     config = known("Counter", norm_obs=True, eval_episodes=2)
     learner, envs, _ = rollouts(config, 1)
     mean, var = np.array([500.0, 1.0, 2.0]), np.array([1e5, 4.0, 9.0])
-    envs.statistics = {"observation_mean": mean, "observation_var": var, "observation_count": np.array(100.0)}
+    envs.from_numpy({"observation_mean": mean, "observation_var": var, "observation_count": np.array(100.0)})
     seen = []
 
     def act(observations):
@@ -1211,6 +1212,12 @@ def assert_in_action_space(module, space: gym.Space, actions: list, expected: li
 @pytest.mark.parametrize(("space", "actions", "expected"), SPACES, ids=str)
 def test_what_an_environment_takes_is_in_its_action_space(space, actions, expected):
     assert_in_action_space(ppo_torch, space, actions, expected)
+
+
+@pytest.mark.parametrize(("cores", "pays"), [(1, False), (2, True)])
+def test_processes_pay_where_the_run_has_cores_for_them(cores, pays, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    assert ppo_torch.async_pays(partial(gym.make, "tests.environments:Sleeper-v0"), 2) == pays  # 5 ms a step
 
 
 def test_the_first_reset_is_in_no_iteration(tmp_path, monkeypatch):

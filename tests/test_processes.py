@@ -54,11 +54,9 @@ def test_statistics_of_two_processes_are_those_of_all_that_they_saw(tmp_path):
         "rank = int(os.environ['RANK'])\n"
         "with ppo_torch.processes(ppo_torch.Config()):\n"
         "    seen = np.load(sys.argv[1])[rank]\n"
-        "    moments = {'mean': seen.mean(0), 'var': seen.var(0), 'count': 5.0}\n"
-        "    statistics = {f'observation_{name}': x for name, x in moments.items()}\n"
-        "    envs = SimpleNamespace(statistics=statistics)\n"
-        "    ppo_torch.share_statistics(envs)\n"
-        "    np.savez(f'{sys.argv[2]}/{rank}.npz', **envs.statistics)\n"
+        "    moments = SimpleNamespace(mean=seen.mean(0), var=seen.var(0), count=5.0)\n"
+        "    ppo_torch.share_statistics(SimpleNamespace(statistics={'observation': moments}))\n"
+        "    np.savez(f'{sys.argv[2]}/{rank}.npz', **vars(moments))\n"
     )
     seen = np.random.default_rng(0).normal([1, 2, 3], [1, 5, 0.1], (2, 5, 3))
     np.save(tmp_path / "seen.npy", seen)
@@ -66,9 +64,9 @@ def test_statistics_of_two_processes_are_those_of_all_that_they_saw(tmp_path):
     assert outcome.code == 0, outcome.err
     for rank in range(2):
         statistics = np.load(tmp_path / f"{rank}.npz")
-        np.testing.assert_allclose(statistics["observation_mean"], seen.reshape(10, 3).mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics["observation_var"], seen.reshape(10, 3).var(0), rtol=1e-12)
-        assert statistics["observation_count"] == 5
+        np.testing.assert_allclose(statistics["mean"], seen.reshape(10, 3).mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics["var"], seen.reshape(10, 3).var(0), rtol=1e-12)
+        assert statistics["count"] == 5
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

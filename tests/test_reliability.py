@@ -959,6 +959,12 @@ def test_a_missing_package(package, flags, start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_module_of_ones_own_is_in_no_requirements(start):
+    outcome = start(*SILENT, "--env-id", "no_such_module:Env-v0").end()
+    assert_refused(outcome, "No module named 'no_such_module'")
+    assert "requirements/" not in outcome.err
+
+
 # --------------------------------------------------------------------------------------------------------- not a number
 
 
