@@ -620,7 +620,7 @@ def new_figure(height: float, title: str, subtitle: str) -> Figure:
 def panels(figure: Any, contents: list[list[Run]], ylabel: str, sharey: bool = False) -> tuple[list[Axes], float]:
     """Axes over the steps of each of the lists of runs, and the unit of steps that their labels name."""
     count, width = len(contents), min(len(contents), 3)
-    axes = figure.subplots(math.ceil(count / width), width, squeeze=False, sharey=sharey).flat
+    axes = list(figure.subplots(math.ceil(count / width), width, squeeze=False, sharey=sharey).flat)
     steps = [max(max(run.summary["steps"], run.config.get("total_timesteps", 0)) for run in runs) for runs in contents]
     most = max(steps)
     unit, name = (1e6, " (millions)") if most >= 1e6 else (1e3, " (thousands)") if most >= 2e3 else (1, "")
@@ -630,7 +630,7 @@ def panels(figure: Any, contents: list[list[Run]], ylabel: str, sharey: bool = F
         axis.set_xlabel(f"environment steps{name}" if index + width >= count else "")
     for axis, end in zip(axes, steps, strict=False):
         axis.set_xlim(0, max(end, 1) / unit)
-    return list(axes[:count]), unit
+    return axes[:count], unit
 
 
 def seeds(runs: list[Run]) -> str:
@@ -648,7 +648,7 @@ def estimator(runs: list[Run]) -> str:
     elif max(counts) > 4:
         parts.append("interquartile mean, 95 % bootstrap interval")
     if min(counts) < 3 and max(counts) > 1:
-        parts.append("1 or 2 seeds one by one")
+        parts.append("one by one" if max(counts) == 2 else "1 or 2 seeds one by one")
     return "; ".join(parts)
 
 

@@ -492,6 +492,18 @@ def test_panels_hold_every_recorded_loss_known_ones_first(runs):
     assert [axis.get_title() for axis in figure.axes] == ["policy loss", "new loss", "learning rate"]
 
 
+def test_each_panel_of_returns_has_the_steps_of_its_own_environment():
+    def run(env_id: str, steps: int) -> Run:
+        rows = [{"global_step": step, "charts/episodic_return": 1.0} for step in range(0, steps + 1, steps // 10)]
+        return Run(env_id, {"env_id": env_id, "exp_name": "mine", "framework": "", "seed": 1}, {"steps": steps}, rows)
+
+    figure = compare.draw_returns([run("Short-v0", 1000), run("Long-v0", 5000)], "title")
+    assert {axis.get_title(): axis.get_xlim() for axis in figure.axes} == {
+        "Short-v0\ntraining": (0, 1),
+        "Long-v0\ntraining": (0, 5),
+    }
+
+
 def test_other_scripts_get_colours_of_their_own():
     names = ["ppo_jax", "mine", "yours"]
     runs = [Run(name, {"env_id": "E", "exp_name": name, "framework": ""}, {}, []) for name in names]
@@ -592,7 +604,7 @@ def test_an_unwritable_output_is_one_line(runs, tmp_path, monkeypatch, capsys):
     "number, subtitle, legend",
     [
         (1, "1 seed; smoothed over 3 % of training", "ppo_torch (1 seed)"),
-        (2, "2 seeds; 1 or 2 seeds one by one; smoothed over 3 % of training", "ppo_torch (2 seeds, each drawn)"),
+        (2, "2 seeds; one by one; smoothed over 3 % of training", "ppo_torch (2 seeds, each drawn)"),
         (
             3,
             "3 seeds; mean and range; smoothed over 3 % of training",
