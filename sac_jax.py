@@ -601,8 +601,8 @@ def each(step: Callable, learner: Learner, batch: Batch) -> tuple[Learner, Tenso
     metrics = []
     for minibatch in map(Batch, *batch):
         learner, values = step(learner, minibatch)
-        metrics.append(values)
-    return learner, np.stack([np.array(values) for values in zip(*jax.device_get(metrics), strict=True)])
+        metrics.append([np.asarray(x) for x in values])
+    return learner, np.array(metrics).T
 
 
 # twin: sac_jax mpo_jax
