@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 
 import compare
-from benchmarks import files, gymnax_speed, learning, long_runs, processes, recording, speed, unfenced, widths
+from benchmarks import (
+    files,
+    gymnax_speed,
+    learning,
+    long_runs,
+    mpo_solvers,
+    processes,
+    recording,
+    speed,
+    unfenced,
+    widths,
+)
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +129,10 @@ def test_unfenced_table_in_the_readme_is_that_of_the_records():
 
 def test_widths_table_in_the_readme_is_that_of_the_records():
     assert_in_readme(widths.markdown_table, widths.read, "widths")
+
+
+def test_solver_table_in_the_readme_is_that_of_the_records():
+    assert_in_readme(lambda records: mpo_solvers.markdown_table(*records), mpo_solvers.read, "mpo_solvers")
 
 
 def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
