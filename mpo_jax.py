@@ -495,7 +495,7 @@ def solve_by_newton(learner: Learner, values: Tensor, config: Config) -> Learner
 def solve_by_slsqp(learner: Learner, values: Tensor, config: Config) -> Learner:
     """To the optimum on the host, by scipy's sequential least squares, which asks JAX for g and its gradient
 
-    Its tolerance is absolute: so it gets η and g in units in which both are near 1.
+    Its tolerance is absolute: so it gets η and g in units in which both are near 1 (and η* at most 1).
     """
     minimize = importlib.import_module("scipy.optimize").minimize  # comes with JAX; only this solver needs it
 
@@ -613,7 +613,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
         return timed("loss", timed, f"loss/{part}", *call)
 
     batch = timed("sample", jax.device_put, batch)  # once, and not in the clock of the loss
-    samples = timed_loss("critic", sample_values, learner, batch, config)  # most of it, and the actor's as well
+    samples = timed_loss("critic", sample_values, learner, batch, config)  # for the weights as well
     gradient, critics_loss, q_mean = timed_loss("critic", critic_gradient, learner, batch, samples, config)
     learner = timed("weight_update", descend, learner, "critics", gradient, config.q_lr)
     learner = timed_loss("dual", SOLVERS[config.temperature_solver], learner, samples.values, config)

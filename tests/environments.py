@@ -288,7 +288,7 @@ class Picture(StepNumber):
         return ((row + 2 * column + 50 * channel + self.step_number) % 256).astype(np.uint8)
 
 
-class Sleeper(Counter):
+class Slow(Counter):
     """A Counter whose step takes 5 ms longer. It stays awake: a core that slept is slower in all that comes next."""
 
     def step(self, action):
@@ -317,7 +317,7 @@ class Bandit(gym.Env):
         return np.array([self.sign], np.float32), -float(cost), True, False, {}
 
 
-for environment in (Bandit, Counter, Echo, Nested, Picture, Sleeper):
+for environment in (Bandit, Counter, Echo, Nested, Picture, Slow):
     gym.register(f"{environment.__name__}-v0", environment, disable_env_checker=True)
 
 

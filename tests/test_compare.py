@@ -161,7 +161,7 @@ def test_a_history_from_wandb_is_split_where_its_steps_fall():
     assert not any("charts/undone" in row for row in joined)
 
 
-def test_a_killed_and_a_truncated_record_are_read_up_to_the_end(tmp_path):
+def test_a_killed_and_a_truncated_record_are_read_up_to_the_end(tmp_path, capsys):
     run_dir = tmp_path / "killed"
     run_dir.mkdir()
     process = subprocess.Popen([sys.executable, "-c", WAIT_FOR_A_KILL, str(run_dir), json.dumps(CONFIG)])
@@ -178,6 +178,7 @@ def test_a_killed_and_a_truncated_record_are_read_up_to_the_end(tmp_path):
     file.write_bytes(content[: content.index(last)])
     (cut,) = compare.read_runs([str(run_dir)])
     assert cut.curve("charts/episodic_return")[1].tolist() == list(range(512, 4608, 512))
+    assert "has no end: its run was killed, or goes on" in capsys.readouterr().err
 
 
 def test_rows_on_disk_and_rows_of_the_api_read_alike_and_drop_what_is_not_drawn():

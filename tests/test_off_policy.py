@@ -465,11 +465,11 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase):
 
 @pytest.mark.clock
 @each
-def test_a_sleeping_environment_shows_in_step_alone(module):
-    lap, awake = (laps(module, configured(module, env, total_timesteps=1000)) for env in ("Sleeper", "Counter"))
+def test_a_slow_environment_shows_in_step_alone(module):
+    lap, awake = (laps(module, configured(module, env, total_timesteps=1000)) for env in ("Slow", "Counter"))
     assert {phase for phase in lap if "/" not in phase} - {"kl"} == PHASES
     growth = {key: lap[key] - awake[key] for key in ("step", "iteration")}
-    assert lap["step"] > 0.005 > 2 * (growth["iteration"] - growth["step"])  # if half of it slept elsewhere
+    assert lap["step"] > 0.005 > 2 * (growth["iteration"] - growth["step"])  # if half of it were elsewhere
 
 
 @pytest.mark.clock

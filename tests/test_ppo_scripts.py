@@ -139,12 +139,12 @@ def phases_of(module: ModuleType) -> set[str]:
 
 @pytest.mark.clock
 @each_with_vpg
-def test_a_sleeping_environment_shows_in_step_alone(module):
-    found = laps(module, known(module, "Sleeper", num_envs=2))
+def test_a_slow_environment_shows_in_step_alone(module):
+    found = laps(module, known(module, "Slow", num_envs=2))
     for lap in found:
         assert lap.keys() == phases_of(module) | {"iteration"}
         assert lap["step"] > 2 * 16 * 0.005
-    share = 0.25 if module is ppo_torch else 0.5  # of its sleep would show; the others compute for longer
+    share = 0.25 if module is ppo_torch else 0.5  # of its 5 ms would show; the others compute for longer
     assert min(lap["iteration"] - lap["step"] for lap in found) < share * 2 * 16 * 0.005
 
 

@@ -1217,7 +1217,7 @@ def test_what_an_environment_takes_is_in_its_action_space(space, actions, expect
 @pytest.mark.parametrize(("cores", "pays"), [(1, False), (2, True)])
 def test_processes_pay_where_the_run_has_cores_for_them(cores, pays, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
-    assert ppo_torch.async_pays(partial(gym.make, "tests.environments:Sleeper-v0"), 2) == pays  # 5 ms a step
+    assert ppo_torch.async_pays(partial(gym.make, "tests.environments:Slow-v0"), 2) == pays  # 5 ms a step
 
 
 def test_the_first_reset_is_in_no_iteration(tmp_path, monkeypatch):
