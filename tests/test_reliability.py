@@ -962,7 +962,7 @@ def test_a_missing_package(package, flags, start, tmp_path):
 def test_a_missing_module_of_ones_own_is_in_no_requirements(start):
     outcome = start(*SILENT, "--env-id", "no_such_module:Env-v0").end()
     assert_refused(outcome, "No module named 'no_such_module'")
-    assert "requirements/" not in outcome.err
+    assert "requirements/" not in outcome.err[0]
 
 
 # --------------------------------------------------------------------------------------------------------- not a number
