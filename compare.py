@@ -179,6 +179,8 @@ def read_item(item: dict[str, Any]) -> Row:
     }
     nested = item.get(RETURNS) or {}
     edges = item.get(f"{RETURNS}.bins", nested.get("bins"))
+    if packed := nested.get("packedBins"):  # what W&B's server makes of edges that are evenly spaced
+        edges = [packed["min"] + i * packed["size"] for i in range(packed["count"] + 1)]
     counts = item.get(f"{RETURNS}.values", nested.get("values"))
     if edges and counts:
         row[RETURNS] = Histogram(np.array(edges, dtype=float), np.array(counts, dtype=float))
@@ -233,13 +235,6 @@ def summarise(rows: list[Row]) -> dict[str, float]:
             if key.startswith("times/"):
                 seconds = np.array([row.get(key, 0.0) for row in rows])
                 summary[key.replace("times", kind, 1)] = float(np.average(seconds[chosen], weights=weights[chosen]))
-    if is_timed.any():
-        # A row may hold a timed iteration and fused ones, and then only its phases are those of the timed one.
-        summary.pop("timed/update", None)
-        phases = [
-            key for key in summary if key.startswith("timed/") and key.count("/") == 1 and key != "timed/iteration"
-        ]
-        summary["timed/iteration"] = sum(summary[key] for key in phases)
     return summary
 
 
@@ -283,6 +278,8 @@ def make_run(run_id: str, config: dict[str, Any], segments: list[tuple[int, list
         print(f"note: {where} has recorded nothing yet and is left out", file=sys.stderr)
         return []
     kept = {key: value for key, value in config.items() if key not in PRIVATE}
+    if config.get("load_model"):
+        kept["load_model"] = True  # that there was a model tells runs apart; its path does not
     return [Run(run_id, kept, summarise(rows), thin(rows))]
 
 
@@ -295,7 +292,8 @@ def read_runs(sources: Iterable[str]) -> list[Run]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            found = {file.resolve().parents[2] for file in path.rglob("run-*.wandb")}
+            files = [file.resolve() for file in path.rglob("run-*.wandb")]
+            found = {file.parents[2] for file in files if file.parents[1].name == "wandb"}
             if not found:
                 raise BadInput(f"{source}: no recorded run in it; a run directory holds wandb/*run-*/run-*.wandb")
             directories |= found
@@ -315,7 +313,7 @@ def read_runs(sources: Iterable[str]) -> list[Run]:
 
 def read_directory(directory: Path) -> list[Run]:
     """Its run, or several where a script keeps them all in one folder"""
-    segments = defaultdict(list)
+    segments, is_damaged = defaultdict(list), False
     for file in directory.glob("wandb/*run-*/run-*.wandb"):
         identity, config, rows, has_end = {}, {}, [], False
         for record in inspect(file):
@@ -331,8 +329,11 @@ def read_directory(directory: Path) -> list[Run]:
         if identity:  # a run killed in its first second may leave an empty file
             order = config.get("segment", 0), identity["start_time"]  # the clock may have been set back
             segments[identity["run_id"]].append((order, config, rows, has_end))
+        elif rows:
+            is_damaged = True
+            print(f"note: {file}: its beginning is damaged, so it is left out", file=sys.stderr)
     runs = []
-    for run_id, of_run in (segments or {"": []}).items():
+    for run_id, of_run in (segments or ({} if is_damaged else {"": []})).items():
         of_run.sort(key=lambda segment: segment[0])
         config = of_run[-1][1] if of_run else {}
         if of_run and not of_run[-1][-1]:
@@ -356,17 +357,18 @@ def inspect(file: Path) -> list[dict[str, Any]]:
 def read_project(entity: str, project: str, group: str | None = None) -> list[Run]:
     import wandb  # slow to import, and needed here only
 
-    where = f"{entity}/{project}"
+    where, found = f"{entity}/{project}", []
     try:
         if not wandb.login(prompt=False):
             raise RuntimeError("log in with `wandb login`")
-        found = list(wandb.Api().runs(where, filters={"group": group} if group else {}))
-        histories = [[read_item(item) for item in run.scan_history() if "global_step" in item] for run in found]
+        for run in wandb.Api().runs(where, filters={"group": group} if group else {}):
+            rows = [read_item(item) for item in run.scan_history() if "global_step" in item]
+            found.append((run.id, dict(run.config), rows))
     except Exception as error:  # of any kind: W&B, the network and the login each have their own
         raise BadInput(f"{where}: no such folder here, and from W&B: {str(error).partition(chr(10))[0]}") from error
     runs = []
-    for run, rows in zip(found, histories, strict=True):
-        runs += make_run(run.id, dict(run.config), split_where_steps_fall(rows), f"{where}/{run.id}")
+    for run_id, config, rows in found:
+        runs += make_run(run_id, config, split_where_steps_fall(rows), f"{where}/{run_id}")
     return runs
 
 
@@ -416,8 +418,10 @@ def read_csv(path: Path) -> list[Run]:
             cells = dict(zip(columns, line, strict=True))
             row = {key: from_cell(key, cells[key]) for key in columns[len(IDENTITY) :] if cells[key]}
             rows.setdefault(cells["run"], []).append(row | {"global_step": int(cells["global_step"])})
-        return [Run(run_id, about[run_id]["config"], about[run_id]["summary"], rows[run_id]) for run_id in rows]
-    except (OSError, LookupError, TypeError, ValueError) as error:
+        runs = [Run(run_id, about[run_id]["config"], about[run_id]["summary"], rows[run_id]) for run_id in rows]
+        _ = [(run.env_id, run.config["seed"], run.summary["steps"]) for run in runs]  # raises where one is missing
+        return runs
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise BadInput(f"{path}: this CSV and the .json beside it are not as --save wrote them ({error})") from error
 
 
@@ -514,7 +518,7 @@ def estimate(runs: list[Run], key: str) -> str:
     values = np.array([run.summary[key] for run in runs if key in run.summary])
     if len(values) == 0:
         return "–"
-    text = ", ".join(number(value) for value in values)
+    text = " and ".join(number(value) for value in values)
     if len(values) >= 3:
         low, high = bootstrap_interval(values)
         text = f"{number(interquartile_mean(values))} [{number(low)}, {number(high)}]"
@@ -647,6 +651,8 @@ def estimator(runs: list[Run]) -> str:
         parts.append("interquartile mean and range")
     elif max(counts) > 4:
         parts.append("interquartile mean, 95 % bootstrap interval")
+        if {3, 4} & set(counts):
+            parts.append("of 3 or 4 seeds their range")
     if min(counts) < 3 and max(counts) > 1:
         parts.append("one by one" if max(counts) == 2 else "1 or 2 seeds one by one")
     return "; ".join(parts)
@@ -783,16 +789,18 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
     colour = {phase: PHASE_COLOURS.get(phase) or next(spare) for phase in phases + fused}
     heights = [0.8 + 0.35 * len(scripts), 2.3 * math.ceil(len(scripts) / 3)]
     subtitle = f"above: iterations run phase by phase, mean of {seeds(runs)} (in brackets: iterations run fused)\n"
-    subtitle += f"below: over training, log scale\n{machines(runs)}"
+    subtitle += f"below: over training, {estimator(runs)}; smoothed, log scale\n{machines(runs)}"
     figure = new_figure(1.5 + sum(heights), f"{title}: time of an iteration", subtitle)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     bars = above.subplots()
     longest = max(bar["iteration"] for bar in times.values())
+    sizes = {script: iteration_steps(pooled[0]) for script, pooled in scripts.items()}
     for script, bar in times.items():
+        label = script if len(set(sizes.values())) == 1 else f"{script}\n({sizes[script]:,} steps)"
         end = 0.0
         for phase in (phase for phase in phases if phase in bar):
             patch = bars.barh(
-                script, bar[phase], left=end, color=colour[phase], height=0.7, edgecolor="white", linewidth=0.5
+                label, bar[phase], left=end, color=colour[phase], height=0.7, edgecolor="white", linewidth=0.5
             )
             end += bar[phase]
             if bar[phase] > 0.05 * longest:
@@ -802,7 +810,7 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
                 )
         of_fused = phase_milliseconds(scripts[script], "fused").get("iteration")
         total = number(end) + (f" ({number(of_fused)})" if of_fused else "")
-        bars.text(end + 0.01 * longest, script, total, va="center", fontsize=8, fontweight="bold")
+        bars.text(end + 0.01 * longest, label, total, va="center", fontsize=8, fontweight="bold")
     bars.set(xlabel=PER_ITERATION, xlim=(0, 1.25 * longest))
     bars.grid(axis="y", visible=False)
     bars.invert_yaxis()
@@ -815,6 +823,13 @@ def draw_times(runs: list[Run], title: str) -> Figure | None:
     handles = [Patch(color=colour[phase], label=panel_title(f"times/{phase}")) for phase in colour]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
+
+
+def iteration_steps(run: Run) -> int:
+    """Environment steps of an iteration, which differ between scripts"""
+    config = run.config
+    rollout = config.get("num_envs", 0) * config.get("num_steps", 0) * int(config.get("processes", 1))
+    return config.get("log_interval", rollout)
 
 
 def draw_density(runs: list[Run], title: str) -> Figure | None:

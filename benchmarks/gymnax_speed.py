@@ -6,16 +6,17 @@ environments of Gymnasium's: 4 to 4096 environments, one device and two, one see
 
 (A quick look: `--repeats 1 --output quick.csv --figure quick.png`.)
 
-Every measurement is a fresh process, the contestants take turns, and each ratio compares runs of the same turn. Ours
-is the whole run after compilation, with recording and timing at their defaults, as its own record has it. Two devices
-are XLA's host devices, which share the machine's cores. Memory is the largest resident set of the whole process.
+Every measurement is a fresh process, the contestants take turns (each turn begins with the next of them), and each
+ratio compares runs of the same turn. Ours is the whole run after compilation, with recording and timing at their
+defaults, as its own record has it; with 1024 environments and more it is too short for a call to be timed phase by
+phase. Two devices are XLA's host devices, which share the machine's cores. Memory is the largest resident set of the
+process; ours has W&B's server besides.
 """
 
-import os
 import resource
 import statistics
-import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,17 +90,16 @@ def main(config: Config) -> None:
 
 
 def record(config: Config) -> None:
-    rows = []
+    rows, contestants = [], deque(enumerate(CONTESTANTS))
     for repeat in range(config.repeats):
-        for number, contestant in enumerate(CONTESTANTS):
+        for number, contestant in contestants:
             flags = f"--xla_force_host_platform_device_count={contestant.devices}"
-            command = [sys.executable, __file__, "--only", str(number)]
-            environment = os.environ | {"XLA_FLAGS": flags, "WANDB_SILENT": "true"}
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            output = files.in_own_process(__file__, "--only", number, XLA_FLAGS=flags)
             speed, mebibytes = map(float, output.split()[-2:])
             *which, steps = contestant
             rows.append(Row(repeat, *which, bool(steps), round(speed), round(mebibytes)))
             print(*rows[-1], file=sys.stderr)
+        contestants.rotate(-1)
     command = f"python benchmarks/gymnax_speed.py --repeats {config.repeats}"
     files.save(config.output, command, VERSIONS, Row._fields, rows)
 

@@ -132,7 +132,7 @@ ROWS = {
     "halfcheetah_1m": Row(
         "--env-id HalfCheetah-v5 --total-timesteps 1000000",
         1,
-        "TD3 9583 ± 126 [1], 9656 ± 970 [2]; SAC 10796 [10500, 11542] (SB3 by rlox), 9535 ± 100 [2]; at 1M",
+        "TD3 9583 ± 126 [1], 9656 ± 970 [2]; SAC 10796 [10500, 11542] [6], 9535 ± 100 [2]; at 1M",
         OFF_POLICY,
     ),
     **{
@@ -286,6 +286,8 @@ def table() -> str:
 if __name__ == "__main__":
     config = tyro.cli(Config, description=__doc__)
     for name in config.run:
+        if not set(config.scripts or ROWS[name].scripts) & set(ROWS[name].scripts):
+            sys.exit(f"{name} is a row of {', '.join(ROWS[name].scripts)}")
         for script in ROWS[name].scripts:
             if script in (config.scripts or ROWS[name].scripts):
                 train(name, script, config.jobs)

@@ -12,8 +12,8 @@ second half of the run counts. Returns: the rows mpo_pendulum_... of benchmarks/
 """
 
 import contextlib
-import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +85,13 @@ def main(config: Config) -> None:
     if config.only:
         print(1000 / measure_ours("mpo_jax", steps=config.steps, temperature_solver=config.only))
         return
-    rows = []
+    rows, solvers = [], deque(mpo_jax.SOLVERS)
     for repeat in range(config.repeats):
-        for name in mpo_jax.SOLVERS:
-            command = [sys.executable, __file__, "--only", name, "--steps", str(config.steps)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for name in solvers:
+            output = files.in_own_process(__file__, "--only", name, "--steps", config.steps)
             rows.append((name, "seconds", repeat, round(float(output.split()[-1]), 3)))
             print(*rows[-1], file=sys.stderr)
+        solvers.rotate(-1)
     for name, values in distances(config.updates).items():
         rows += [
             (name, "mean distance", "", f"{np.mean(values):.3e}"),

@@ -5,16 +5,15 @@
 (A quick look: `--repeats 1 --output quick.csv`.)
 
 Each script is a process of its own, in which runs of either kind take turns after one of each that does not count; the
-one that begins a turn ends the next. Each cost compares the two runs of a turn.
-Seconds are those of the loop after compilation, without evaluation, checkpoints and model. A run with neither has
-`--timing-interval 0`, and only drops what would be recorded. Off-policy an iteration has 100 steps here, for one in
-twenty to be timed in a short run; by default it has 1000, which are recorded for the price of 100.
+one that begins a turn ends the next. Each cost compares the two runs of a turn. Seconds are those of the loop after
+compilation, without evaluation, checkpoints and model. A run with neither has `--timing-interval 0`, and only drops
+what would be recorded. Off-policy an iteration has 100 steps here, for one in twenty to be timed in a short run; by
+default it has 1000, which are recorded for the price of 100.
 """
 
 import contextlib
 import importlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -79,7 +78,7 @@ def loop_seconds(script: str, is_recorded: bool) -> float:
     bare = {} if is_recorded else {"wandb_mode": "disabled", "timing_interval": 0}
     with tempfile.TemporaryDirectory() as folder, clocked(module, is_recorded) as seconds:
         without = {"eval_episodes": 0, "checkpoint_interval": 0, "save_model": False, "run_dir": f"{folder}/run"}
-        module.train(module.Config(**SCRIPTS[script] | bare | without))
+        module.train(module.Config(**SCRIPTS[script] | bare | without | {"device": "cpu"}))
     return seconds[0]
 
 
@@ -108,8 +107,7 @@ def main(config: Config) -> None:
         return
     rows = []
     for script in SCRIPTS:
-        command = [sys.executable, __file__, "--only", script, "--repeats", str(config.repeats)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = files.in_own_process(__file__, "--only", script, "--repeats", config.repeats)
         turns = [line.split()[1:] for line in output.splitlines() if line.startswith("seconds")]
         rows += [(repeat, script, *map(float, turn)) for repeat, turn in enumerate(turns)]
         print(*rows[-config.repeats :], sep="\n", file=sys.stderr)

@@ -4,20 +4,21 @@
     python benchmarks/speed.py --suites ppo sac     some suites only
     python benchmarks/speed.py --quick              a look at all of them in a few minutes; nothing is written
 
-Every measurement is a fresh process, the contestants of a suite take turns, and each ratio compares runs of the same
-turn. Ours is the whole run after compilation, with recording and timing at their defaults, as its own record has it:
-iterations, probes and checkpoints. (An off-policy iteration is a twentieth of the run here, for one to be timed phase
-by phase as by default.) A peer's is the wall clock of `learn` after a warm-up, without any recording, with the number
-of torch's threads that was its fastest on two cores: one for the small networks of the on-policy suites, else as many
-as cores. The environments alone are those of the suite on the host, with random actions.
+Every measurement is a fresh process on the CPU, the contestants of a suite take turns (each turn begins with the next
+of them), and each ratio compares runs of the same turn. Ours is the whole run after compilation, with recording and
+timing at their defaults, as its own record has it: iterations, probes and checkpoints. (An off-policy iteration is a
+twentieth of the run here, and ppo_jax.py takes twenty times the steps on gymnax, for some to be timed phase by phase as
+by default.) A peer's is the wall clock of `learn` after a warm-up, without any recording, with one thread of torch's or
+one for each core, whichever is faster in a short trial. The environments alone are those of the suite on the host, with
+random actions.
 """
 
 import importlib
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,20 +39,29 @@ LEARNING_STARTS = 1000  # of the off-policy algorithms, which are measured from 
 
 
 def measure_peer(
-    algorithm: str, env_id: str, num_envs: int, threads: int, steps: int, policy: str = "MlpPolicy", **settings
+    algorithm: str, env_id: str, num_envs: int, steps: int, policy: str = "MlpPolicy", **settings
 ) -> float:
     """Of an algorithm such as sbx.PPO"""
     import torch
     from stable_baselines3.common.env_util import make_vec_env
 
-    torch.set_num_threads(threads)
     package, name = algorithm.split(".")
     model_class = getattr(importlib.import_module(package), name)
-    model = model_class(policy, make_vec_env(env_id, num_envs, seed=1), seed=1, **settings)
-    model.learn(5000 if num_envs > 1 else LEARNING_STARTS + 500)
-    start, first_step = time.perf_counter(), model.num_timesteps
-    model.learn(steps, reset_num_timesteps=False)
-    return (model.num_timesteps - first_step) / (time.perf_counter() - start)  # whole rollouts
+    model = model_class(policy, make_vec_env(env_id, num_envs, seed=1), seed=1, device="cpu", **settings)
+    few = 5000 if num_envs > 1 else 500
+
+    def learn(steps: int) -> float:
+        start, first_step = time.perf_counter(), model.num_timesteps
+        model.learn(steps, reset_num_timesteps=False)
+        return (model.num_timesteps - first_step) / (time.perf_counter() - start)  # whole rollouts
+
+    def trial(threads: int) -> float:
+        torch.set_num_threads(threads)
+        return learn(few)
+
+    learn(few if num_envs > 1 else LEARNING_STARTS + few)
+    torch.set_num_threads(max({1, os.cpu_count()}, key=trial))
+    return learn(steps)
 
 
 def measure_environments(env_id: str, num_envs: int, steps: int) -> float:
@@ -59,7 +69,8 @@ def measure_environments(env_id: str, num_envs: int, steps: int) -> float:
 
     vector = make_vector(Config(env_id=env_id, vectorization="sync"), num_envs, is_evaluation=False)
     vector.reset(seed=1)
-    actions = [vector.action_space.sample() for _ in range(steps // num_envs)]
+    warm_up, *actions = (vector.action_space.sample() for _ in range(max(steps, 30_000) // num_envs))
+    vector.step(warm_up)
     start = time.perf_counter()
     for action in actions:
         vector.step(action)
@@ -75,7 +86,8 @@ def measure_ours(script: str, steps: int, **flags) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         steps += learning_starts
-        module.train(module.Config(total_timesteps=steps, eval_episodes=0, run_dir=str(run_dir), **flags))
+        flags |= {"device": "cpu", "eval_episodes": 0, "run_dir": str(run_dir)}
+        module.train(module.Config(total_timesteps=steps, **flags))
         _, rows = config_and_rows(run_dir / "seed_0" if (run_dir / "seed_0").exists() else run_dir)
     step = iteration = counted_steps = 0
     seconds = 0.0
@@ -102,16 +114,16 @@ class Suite(NamedTuple):
 
 ENVIRONMENTS = "the environments alone"
 ON_POLICY = {"n_steps": 128, "n_epochs": 4, "learning_rate": 2.5e-4, "ent_coef": 0.01, "clip_range": 0.2}
-OFF_POLICY = {"learning_starts": LEARNING_STARTS, "train_freq": 1, "gradient_steps": 1, "buffer_size": 100_000}
-OFF_POLICY |= {"batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}}
+OFF_POLICY = {"learning_starts": LEARNING_STARTS, "train_freq": 1, "gradient_steps": 1, "batch_size": 256}
+OFF_POLICY |= {"policy_kwargs": {"net_arch": [256, 256]}}
 
 
 def ppo() -> Suite:
     task = "CartPole-v1", 4
-    peer = partial(measure_peer, env_id=task[0], num_envs=task[1], threads=1, batch_size=128, **ON_POLICY)
+    peer = partial(measure_peer, env_id=task[0], num_envs=task[1], batch_size=128, **ON_POLICY)
     references = {
         ENVIRONMENTS: partial(measure_environments, *task),
-        "SB3": partial(peer, "stable_baselines3.PPO", clip_range_vf=0.2, device="cpu"),
+        "SB3": partial(peer, "stable_baselines3.PPO", clip_range_vf=0.2),
         "SBX": partial(peer, "sbx.PPO"),  # has no value clipping
     }
     ours = {
@@ -119,7 +131,7 @@ def ppo() -> Suite:
         "`ppo_torch.py --compile`": partial(measure_ours, "ppo_torch", compile=True),
         "`ppo_jax.py`": partial(measure_ours, "ppo_jax"),
         "`ppo_mlx.py`": partial(measure_ours, "ppo_mlx"),
-        "`ppo_jax.py`, gymnax": partial(measure_ours, "ppo_jax", env_id="gymnax/CartPole-v1"),
+        "`ppo_jax.py`, gymnax": lambda steps: measure_ours("ppo_jax", 20 * steps, env_id="gymnax/CartPole-v1"),
     }
     return Suite("PPO on CartPole-v1, 4 environments, 64-64", 100_000, 20_000, references, ours)
 
@@ -127,10 +139,10 @@ def ppo() -> Suite:
 def recurrent_ppo() -> Suite:
     task = "CartPole-v1", 8
     settings = ON_POLICY | {"batch_size": 256, "clip_range_vf": 0.2, "policy_kwargs": {"lstm_hidden_size": 64}}
-    settings |= {"policy": "MlpLstmPolicy", "device": "cpu"}
+    settings |= {"policy": "MlpLstmPolicy"}
     references = {
         ENVIRONMENTS: partial(measure_environments, *task),
-        "sb3-contrib": partial(measure_peer, "sb3_contrib.RecurrentPPO", *task, threads=1, **settings),
+        "sb3-contrib": partial(measure_peer, "sb3_contrib.RecurrentPPO", *task, **settings),
     }
     ours = {
         "`ppo_lstm_jax.py`": partial(measure_ours, "ppo_lstm_jax", num_envs=8),
@@ -152,10 +164,10 @@ def vpg() -> Suite:  # which no peer has
 
 def off_policy(algorithm: str, *scripts: str) -> Suite:
     task = "HalfCheetah-v5", 1
-    peer = partial(measure_peer, env_id=task[0], num_envs=task[1], threads=os.cpu_count(), **OFF_POLICY)
+    peer = partial(measure_peer, env_id=task[0], num_envs=task[1], **OFF_POLICY)
     references = {
         ENVIRONMENTS: partial(measure_environments, *task),
-        "SB3": partial(peer, f"stable_baselines3.{algorithm}", device="cpu"),
+        "SB3": partial(peer, f"stable_baselines3.{algorithm}"),
         "SBX": partial(peer, f"sbx.{algorithm}"),
     }
     ours = {f"`{script}.py`": partial(measure_ours, script) for script in scripts}
@@ -200,14 +212,13 @@ def main(config: Config) -> None:
 
 
 def in_turns(name: str, suite: Suite, repeats: int, steps: int) -> list[Row]:
-    rows = []
+    rows, contestants = [], deque(suite.references | suite.ours)
     for repeat in range(repeats):
-        for contestant in suite.references | suite.ours:
-            command = [sys.executable, __file__, "--steps", str(steps), "--only", name, contestant]
-            environment = os.environ | {"WANDB_SILENT": "true"}
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        for contestant in contestants:
+            output = files.in_own_process(__file__, "--steps", steps, "--only", name, contestant)
             rows.append(Row(repeat, contestant, round(float(output.split()[-1]), 1)))
             print(*rows[-1], file=sys.stderr)
+        contestants.rotate(-1)
     return rows
 
 
@@ -231,7 +242,8 @@ def markdown_table(rows: list[Row], references: list[str]) -> str:
         cells.append(files.mean_and_std(seconds))
         for reference in references:
             ratios = [value / speed[repeat, reference] for repeat, value in turns.items()]
-            cells.append("1" if contestant == reference else files.median_and_range(ratios, ".2f"))
+            style = ".2g" if reference == ENVIRONMENTS else ".2f"
+            cells.append("1" if contestant == reference else files.median_and_range(ratios, style))
         lines.append(cells)
     return markdown(titles, lines)
 

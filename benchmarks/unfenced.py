@@ -50,7 +50,7 @@ def ready(module: ModuleType, config) -> Iterator[tuple]:
 def measure(script: str, iterations: int) -> dict[tuple[str, str], float]:
     """Milliseconds an iteration for (phase, "fenced" or "unfenced")."""
     module = importlib.import_module(script)
-    config, laps = module.Config(vectorization="sync"), {"fenced": [], "unfenced": []}
+    config, laps = module.Config(device="cpu", vectorization="sync"), {"fenced": [], "unfenced": []}
     with ready(module, config) as (envs, learner, stopwatch, rng):
         fences: dict[str, Callable] = {"fenced": stopwatch.fence, "unfenced": lambda result: None}
         for _ in range(iterations + 5):

@@ -9,7 +9,6 @@ over iterations that run phase by phase, and of the same updates run fused. Each
 import importlib
 import json
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ def measure(contestant: str, width: int, iterations: int) -> dict[str, float]:
     """Milliseconds an iteration for each phase; `update` is the whole update, fused."""
     script, *flags = contestant.split()
     module = importlib.import_module(script)
-    flags += ["--vectorization", "sync", "--hidden-sizes", str(width), str(width)]
+    flags += ["--device", "cpu", "--vectorization", "sync", "--hidden-sizes", str(width), str(width)]
     config = module.parse(flags, module.Config())
     laps = []
     with ready(module, config) as (envs, learner, stopwatch, rng):
@@ -71,8 +70,7 @@ def main(config: Config) -> None:
         return
     rows = []
     for contestant in CONTESTANTS:
-        command = [sys.executable, __file__, "--only", contestant]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = files.in_own_process(__file__, "--only", contestant)
         for width, found in zip(WIDTHS, json.loads(output.splitlines()[-1]), strict=True):
             rows += [(contestant, width, phase, round(found[phase], 3)) for phase in PHASES]
     header = "contestant", "width", "phase", "milliseconds"
