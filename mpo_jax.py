@@ -17,7 +17,7 @@
 # ///
 """Maximum a posteriori policy optimisation (MPO) in JAX, in one file.
 
-    python mpo_jax.py --env-id dm_control/cartpole-swingup-v0
+    python mpo_jax.py --env-id HalfCheetah-v5
 
 Papers, all by Abdolmaleki et al.: "Maximum a Posteriori Policy Optimisation", arXiv 1806.06920 (MPO below), "Relative
 Entropy Regularized Policy Iteration", arXiv 1812.02256 (REPI), and "A Distributional View on Multi-Objective Policy
@@ -44,8 +44,10 @@ These choices leave the papers:
   the weights share the S·B values of Q', most of an update's work.
 - The targets follow by τ at every update; MPO copies the networks after each M-step, Acme at every hundredth update.
   The KLs are to the target policy, so that τ sets the pace of the policy too.
-- The critic's targets are of one step: no Retrace.
+- The critic's targets are of one step, as in most of REPI; MPO has Retrace.
+- With --temperature-solver adam, η moves before the weights are taken; in Acme afterwards.
 - The KLs are held in each dimension of an action (as in Acme; `--no-per-dim-kl` holds their sum).
+- Where no sampled action is out of bounds, the penalty's weights are even, and draw the policy back to π' (as in Acme).
 - Where an episode terminated, the policy is fitted to the first state of the next: the replay buffer holds that one.
 - Learning rates, limits and first multipliers are not Acme's (1e-4; ε_μ = 2.5e-3, ε_Σ = 1e-6; 10 and 1000 there, with
   returns of five steps), gradients are not clipped, and the first actions are uniformly random.
@@ -110,7 +112,7 @@ MIN_DUAL = 1e-8  # of temperatures and multipliers: a constraint that does not b
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -122,7 +124,7 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
+    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole iterations
     policy_lr: Positive = 3e-4  # Adam's learning rate of the policy
     q_lr: Positive = 3e-4  # Adam's learning rate of the critics
     dual_lr: Positive = 1e-2  # Adam's learning rate of the multipliers, and of the temperature with adam
@@ -146,11 +148,11 @@ class Config:
     hidden_sizes: tuple[Count, ...] = (256, 256)  # widths; ReLU, but layer normalisation and tanh after the first
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
-    log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
+    log_interval: Count = 1000  # steps of an iteration, the unit of record and timing; rounded up to whole steps of N
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 5000  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights
@@ -158,13 +160,14 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "mpo_jax"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
     @property
     def iteration_steps(self) -> int:
-        return self.log_interval
+        """A log interval, in whole steps of all environments"""
+        return math.ceil(self.log_interval / self.vector_step) * self.vector_step
 
     @property
     def num_iterations(self) -> int:
@@ -175,9 +178,11 @@ class Config:
         """Environment steps that one step of all environments together makes"""
         return self.num_envs * self.action_repeat
 
+    # twin: td3_jax sac_jax mpo_jax
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.vector_step)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -270,7 +275,7 @@ class Gaussian(NamedTuple):
 class Samples(NamedTuple):
     """What π' does in the next states, and what comes of it."""
 
-    policy: Gaussian  # π'(·|s')
+    target: Gaussian  # π'(·|s')
     actions: Tensor  # aⱼ, (S, B, A), not clipped
     values: Tensor  # (K, S, B): Q'(s', aⱼ) and, with the action penalty, minus its cost
 
@@ -360,8 +365,8 @@ def minus_best(values: Tensor) -> Tensor:
 
 
 def sample_weights(temperature: Tensor, values: Tensor) -> Tensor:
-    """wⱼ = exp(Qⱼ / η) / Σ exp(Q / η), (S, B) (MPO eq. 8 where samples of π' stand for it; REPI section 4.1)"""
-    return jax.nn.softmax(values / temperature, 0)
+    """wⱼ = exp(Qⱼ / η) / Σ exp(Q / η), (S, B) (MPO eq. 8, with samples of π' for π'; REPI section 4.1)"""
+    return jax.nn.softmax(minus_best(values) / temperature, 0)
 
 
 def weights_kl(temperature: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,7 +424,7 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
     """-mean Σ wⱼ (log N(aⱼ; μ, Σ') + log N(aⱼ; μ', Σ)), from (S, B) and (S, B, A)
 
     The weighted maximum likelihood of MPO eq. 10, where each half of the policy is fitted beside the other half of π':
-    so Σ cannot shrink because μ moves (REPI section 4.2). Σ wⱼ is K, as each objective's add up to 1.
+    so Σ cannot shrink because μ moves (REPI section 4.2.1). Σ wⱼ is K, as each objective's add up to 1.
     """
     log_densities = log_density(actions, Gaussian(policy.means, target.stds))
     log_densities += log_density(actions, Gaussian(target.means, policy.stds))
@@ -429,15 +434,15 @@ def actor_loss(weights: Tensor, actions: Tensor, policy: Gaussian, target: Gauss
 def kl_mean(policy: Gaussian, target: Gaussian) -> Tensor:
     """KL(N(μ', Σ') ‖ N(μ, Σ')) = ½ (μ - μ')² / σ'² of each dimension, (B, A)
 
-    MPO eq. 27 (which prints the names C_μ and C_Σ the other way round) with Σ' for Σ, as in REPI section 4.2 and Acme.
+    MPO eq. 27 (which prints the names C_μ and C_Σ the other way round) with Σ' for Σ, as in REPI 4.2.1 and in Acme.
     """
     return 0.5 * ((policy.means - target.means) / target.stds) ** 2
 
 
 def kl_cov(policy: Gaussian, target: Gaussian) -> Tensor:
     """KL(N(μ', Σ') ‖ N(μ', Σ)) = log σ/σ' + ½ σ'²/σ² - ½ of each dimension, (B, A) (likewise)"""
-    ratio = target.stds / policy.stds
-    return 0.5 * ratio**2 - jnp.log(ratio) - 0.5
+    change = (target.stds - policy.stds) / policy.stds
+    return 0.5 * change**2 + change - jnp.log1p(change)  # differences of numbers near 1 would be lost in float32
 
 
 def multipliers_loss(multipliers: Multipliers, kls: Multipliers, limits: Multipliers) -> Tensor:
@@ -517,7 +522,7 @@ def solve_by_adam(learner: Learner, values: Tensor, config: Config) -> Learner:
     """One step of descent on the sum of the duals"""
 
     def loss_of(temperatures: Tensor) -> Tensor:
-        return sum(map(temperature_dual, positive(temperatures), values, epsilons(config)))
+        return sum(map(temperature_dual, positive(temperatures), map(minus_best, values), epsilons(config)))
 
     learner = descend(learner, "temperatures", jax.grad(loss_of)(learner.temperatures), config.dual_lr)
     return learner._replace(temperatures=bounded(learner.temperatures))
@@ -532,7 +537,8 @@ def epsilons(config: Config) -> tuple[float, ...]:
 
 
 def bounded(duals):
-    """At least MIN_DUAL: those of slack constraints would go ever further down, and come back late."""
+    """At least MIN_DUAL, as in Acme: those of slack constraints would go ever further down. (The way back from there is
+    slow: their gradients are small beside Adam's epsilon.)"""
     return jax.tree.map(lambda x: jnp.maximum(x, math.log(MIN_DUAL)), duals)
 
 
@@ -551,9 +557,9 @@ def actor_gradient(
 
     def loss_of(actor: Network) -> tuple[Tensor, Gaussian]:
         policy = Gaussian(*actor(batch.next_observations))
-        kls = divergences(policy, samples.policy, config)
+        kls = divergences(policy, samples.target, config)
         penalty = (alphas.mean * kls.mean).sum() + (alphas.cov * kls.cov).sum()
-        return actor_loss(weights, samples.actions, policy, samples.policy) + penalty, policy
+        return actor_loss(weights, samples.actions, policy, samples.target) + penalty, policy
 
     (loss, policy), gradient = jax.value_and_grad(loss_of, has_aux=True)(learner.actor)
     return gradient, loss, policy
@@ -563,7 +569,7 @@ def multipliers_gradient(
     learner: Learner, policy: Gaussian, samples: Samples, config: Config
 ) -> tuple[Multipliers, Multipliers]:
     """-> gradient of the multipliers' loss, the KLs"""
-    kls = divergences(policy, samples.policy, config)
+    kls = divergences(policy, samples.target, config)
     limits = Multipliers(config.epsilon_mean, config.epsilon_cov)
     return jax.grad(multipliers_loss)(learner.multipliers, kls, limits), kls
 
@@ -716,7 +722,7 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
+                for step in range(run.global_step - config.iteration_steps, run.global_step, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
@@ -805,14 +811,14 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
         return
     rng, observations = np.random.default_rng(0), np.zeros((config.num_envs, envs.observation_dim), np.float32)
     explore(learner.actor, observations, envs.action_dim, config.learning_starts, config, rng)
-    capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
+    capacity = min(config.buffer_size, config.iteration_steps // config.action_repeat)
     one_iteration = dataclasses.replace(config, buffer_size=capacity)
     buffer = ReplayBuffer(one_iteration, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(count), config, rng)  # in update 0 the policy of TD3 moves too
+        batch = sample_batch(buffer, range(count), config, rng)  # TD3's policy moves in update 0
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -871,7 +877,7 @@ def copied(tree):
 # twin: td3_jax sac_jax mpo_jax
 def histogram_samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
-    newest = buffer.newest(config.log_interval // config.action_repeat)
+    newest = buffer.newest(config.iteration_steps // config.action_repeat)
     actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])
     return {"actions": actions, "values": np.asarray(values)}
 
@@ -1108,7 +1114,9 @@ def make_env(env_id: str, kwargs: dict, action_repeat: int) -> gym.Env:
     is_image = isinstance(observations, spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1
     if is_image or not observations.is_np_flattenable or isinstance(observations, spaces.Text):
         raise ValueError(f"the observation space {observations} is not supported; what flattens to a vector is")
-    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
+    if isinstance(observations, spaces.Box) and len(observations.shape) == 1:
+        env = gym.wrappers.TransformObservation(env, np.copy, observations)  # a reset may write over an episode's last
+    else:
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
@@ -1186,7 +1194,7 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1411,7 +1419,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1435,8 +1445,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1652,12 +1663,10 @@ class TrainingFailed(Exception):
 def validate(config: Config) -> Config:
     """Raises BadInput where a value is not what Config allows, or where values do not go together."""
     config = checked_fields(config)
-    together = f"{config.num_envs} environments x {config.action_repeat} repeats"
-    if config.log_interval % config.vector_step:
-        raise BadInput(f"--log-interval {config.log_interval}: must be a multiple of {together}")
-    if 0 < config.total_timesteps < config.log_interval:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one --log-interval")
-    if config.total_timesteps and not num_updates(config.num_iterations * config.log_interval, config):
+    if 0 < config.total_timesteps < config.iteration_steps:
+        needed = f"must be 0 or at least an iteration of {config.iteration_steps} (--log-interval)"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: {needed}")
+    if config.total_timesteps and not num_updates(config.num_iterations * config.iteration_steps, config):
         learning = f"--learning-starts {config.learning_starts}, --updates-per-step {config.updates_per_step}"
         raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
     if config.buffer_size < config.num_envs:
@@ -1677,6 +1686,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -1732,7 +1743,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

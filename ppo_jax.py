@@ -90,7 +90,7 @@ FRAMEWORK = "jax"
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -122,16 +122,16 @@ class Config:
     target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
     adam_eps: Positive = 1e-5  # Adam's ε
     hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers for vector observations
-    norm_obs: bool = False  # normalise vector observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
+    norm_obs: bool = False  # normalise vector observations by their running mean and variance, to ±10 at most
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, to ±10 at most
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1], before --norm-reward; reported returns never are
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
     timing_interval: Steps = 20  # every K-th iteration (gymnax: call) runs phase by phase, fenced; 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints; None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
@@ -139,7 +139,7 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_jax"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
@@ -155,9 +155,11 @@ class Config:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.iteration_steps
 
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.num_envs)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -182,7 +184,7 @@ class Agent(struct.PyTreeNode):
         is_image = len(observation_shape) == 3
         encoder = None
         if is_image:
-            encoder = NatureCNN() if min(observation_shape[1:]) >= SMALLEST_NATURE else MinAtarCNN()
+            encoder = NatureCNN() if min(observation_shape[1:]) >= SMALLEST_IMAGE else MinAtarCNN()
         sizes, features = ((), (encoder.features,)) if is_image else (config.hidden_sizes, observation_shape)
         actor = MLP((*sizes, sum(nvec) or action_dim), gain=0.01)
         critic = MLP((*sizes, 1), gain=1.0)
@@ -234,6 +236,9 @@ class MLP(nn.Module):
         for i, size in enumerate(self.sizes[:-1]):
             x = nn.tanh(initialised(Dense)(size, name=f"{2 * i}")(x))  # torch's names, which count the tanh too
         return initialised(Dense, self.gain)(self.sizes[-1], name=f"{2 * len(self.sizes) - 2}")(x)
+
+
+SMALLEST_IMAGE = 36  # pixels a side of which the convolutions leave something
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -542,10 +547,12 @@ def collect_rollout(
         actions.append(timed("forward", act, agent, observations[t], noise[t]))
         observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, actions[t])
         final_observations.extend(ended)
+    actions = np.array(actions)
+    check_actions(observations, actions)
     final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
     returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
     check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
-    return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
+    return Rollout(observations, actions, rewards, terminated, truncated, final_observations)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -645,7 +652,7 @@ def product_gradients(dimension_numbers: tuple, precision: None, inputs: tuple, 
 
 
 product.defvjp(product_and_inputs, product_gradients)
-Dense = partial(nn.Dense, dot_general=product)
+Dense = partial(nn.Dense, dot_general=product)  # of (B, I) alone
 
 
 # twin: ppo_jax ppo_lstm_jax
@@ -992,8 +999,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
             mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
             vector = gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
             shape = vector.single_observation_space.shape
-            if len(shape) != 3 or min(shape[1:]) < 36:
-                raise ValueError(f"the CNN needs grey images of 36 x 36 or more, these are {shape[1:]}")
+            if len(shape) != 3 or min(shape[1:]) < SMALLEST_IMAGE:
+                raise ValueError(f"the CNN needs grey images, {SMALLEST_IMAGE} a side or more, these are {shape[1:]}")
             return vector
         kwargs |= {"render_mode": "rgb_array"} if is_filmed else {}
         make = partial(make_env, config.env_id, kwargs)
@@ -1033,12 +1040,14 @@ def make_env(env_id: str, kwargs: dict) -> gym.Env:
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
         space = spaces.Box(0, 255, np.moveaxis(space.sample(), channels, 0).shape, np.uint8)
-        if min(space.shape[1:]) < 36:
-            raise ValueError(f"the CNN needs images of 36 x 36 or more, these are {space.shape[1]} x {space.shape[2]}")
+        if min(space.shape[1:]) < SMALLEST_IMAGE:
+            raise ValueError(f"the CNN needs images, {SMALLEST_IMAGE} a side or more, these are {space.shape[1:]}")
         return gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, channels, 0).copy(), space)
     if not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
-    return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return gym.wrappers.TransformObservation(env, np.copy, space)  # a reset may write over an episode's last
+    return gym.wrappers.FlattenObservation(env)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1124,11 +1133,19 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
         raise
 
 
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def check_actions(observations: np.ndarray, actions: np.ndarray) -> None:
+    """Raises TrainingFailed where an action (T, …) is not finite though all observations until then are."""
+    is_bad = ~np.isfinite(actions).all((1, 2))  # (T,)
+    if is_bad.any() and np.isfinite(observations[: is_bad.argmax() + 1]).all():
+        raise TrainingFailed("the policy gives an action that is not finite")
+
+
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1166,7 +1183,6 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------- gymnax
 
 BEGIN, STEP, RESET, ACT, SHUFFLE = range(5)  # what random numbers are for
-SMALLEST_NATURE = 36  # pixels a side of an image that the Nature CNN takes
 STEPS_OF_A_CALL = 16_384  # in which iterations of fewer steps share a call, whose price is some milliseconds
 
 
@@ -1366,6 +1382,7 @@ class GymnaxEnvironments:
         config = dataclasses.replace(self.config, seed=self.config.seed + self.evaluated_seed, num_seeds=1)
         self.evaluated = self.evaluated or GymnaxEnvironments(config, config.eval_episodes)
         self.evaluated.config, self.evaluated.simulator = config, None
+        self.evaluated.episodes = []  # where the warm-up left some
         return self.evaluated
 
     def close(self) -> None:
@@ -1454,10 +1471,27 @@ def as_rollout(transitions: Transition, simulator: Simulator) -> Rollout:
 
 # twin: ppo_jax ppo_lstm_jax
 def digest(transitions: Transition) -> tuple[Transition, dict[str, Tensor]]:
-    """What the host reads: of observations the newest alone, and the largest numbers, which show what is not finite"""
+    """What the host reads: of observations the newest alone, and since when numbers are not finite"""
     newest = transitions._replace(observations=transitions.observations[-1:, :1], final_observations=(), actions=())
-    largest = [jnp.abs(x).max() for x in (transitions.observations, transitions.final_observations)]
-    return newest, {"observation": jnp.maximum(*largest), "reward": jnp.abs(transitions.returns).max()}
+
+    def since(x: Tensor, delay: int) -> Tensor:
+        """Half steps (+ 1) to the end of the rollout from the first (T, …) that is not finite, 0 where there is none"""
+        is_bad = ~jnp.isfinite(x).all(range(1, x.ndim))
+        return jnp.where(is_bad, 2 * (len(x) - jnp.arange(len(x))) + 1 - delay, 0).max()
+
+    observation = jnp.maximum(since(transitions.observations, 0), since(transitions.final_observations, 2))
+    found = {"observation": observation, "action": since(transitions.actions, 1)}
+    return newest, found | {"reward": since(transitions.returns, 2)}
+
+
+# twin: ppo_jax ppo_lstm_jax
+def check_digest(env_id: str, not_finite_since: dict[str, Tensor]) -> None:
+    """Raises TrainingFailed with the name of what was not finite first: the others followed from it."""
+    longest = {name: np.max(x) for name, x in not_finite_since.items()}
+    first = max(longest, key=longest.get)
+    if longest[first]:
+        what = "the policy gives an action that" if first == "action" else f"{env_id}: the {first}"
+        raise TrainingFailed(f"{what} is not finite")
 
 
 def iterate_on_device(
@@ -1480,18 +1514,19 @@ def iterate_fused(
         return iterate(learner, simulator)
 
     def iteration(i: Tensor, carry: tuple) -> tuple:
-        learner, simulator, (transitions, largest), _, totals = carry
+        learner, simulator, (transitions, earlier), _, totals = carry
         learner = learner._replace(learning_rate=jnp.full_like(learner.learning_rate, rates[i]))
-        learner, simulator, (newest, numbers), batch, metrics = iterate(learner, simulator)
+        learner, simulator, (newest, later), batch, metrics = iterate(learner, simulator)
         put = jax.lax.dynamic_update_slice_in_dim
         transitions = jax.tree.map(lambda whole, x: put(whole, x, i * len(x), 0), transitions, newest)
-        largest, totals = jax.tree.map(jnp.maximum, largest, numbers), jax.tree.map(jnp.add, totals, metrics)
-        return learner, simulator, (transitions, largest), batch, totals
+        is_found, totals = sum(earlier.values()) > 0, jax.tree.map(jnp.add, totals, metrics)
+        earliest = jax.tree.map(partial(jnp.where, is_found), earlier, later)  # what comes later follows from it
+        return learner, simulator, (transitions, earliest), batch, totals
 
     outputs = jax.tree.map(jnp.zeros_like, jax.eval_shape(iterate, learner, simulator)[2:])
-    (transitions, largest), *rest = outputs
+    (transitions, not_finite_since), *rest = outputs
     transitions = jax.tree.map(lambda x: jnp.repeat(x, len(rates), 0), transitions)
-    carry = learner, simulator, (transitions, largest), *rest
+    carry = learner, simulator, (transitions, not_finite_since), *rest
     *outcome, totals = jax.lax.fori_loop(0, count, iteration, carry)
     return *outcome, jax.tree.map(lambda x: x / count, totals)
 
@@ -1512,8 +1547,8 @@ def collect_and_update(
         all_rates[: len(rates)] = rates
         arguments = learner, envs.simulator, all_rates, envs, config, np.int32(len(rates))
         outcome = stopwatch.timed("update", iterate_fused, *arguments)
-    learner, envs.simulator, (transitions, largest), batch, metrics = outcome
-    check_finite(config.env_id, **largest)
+    learner, envs.simulator, (transitions, not_finite_since), batch, metrics = outcome
+    check_digest(config.env_id, not_finite_since)
     envs.add_episodes(transitions)
     return learner, transitions, batch, on_host(metrics)
 
@@ -1568,7 +1603,8 @@ def warm_up_on_device(learner: Learner, envs: GymnaxEnvironments, config: Config
         learner = with_learning_rate(learner, config.learning_rate)
         learner, _, batch, _ = collect_and_update(learner, envs, [config.learning_rate], config, unread, is_timed)
         to_numpy(learner)  # or the first checkpoint would compile it
-    probe(learner, envs, batch, config, unread)
+    if config.timing_interval:
+        probe(learner, envs, batch, config, unread)
     envs.simulator, envs.episodes = simulator, []
 
 
@@ -1631,14 +1667,21 @@ def make_gymnax(config: Config) -> tuple[object, object, gym.Space]:
             raise ValueError("it would download its images")
         _, params = gymnax.make(name)
         changed = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(params) if field.name in kwargs}
-        game, params = gymnax.make(name, **kwargs)[0], params.replace(**changed)
+        game, params = gymnax.make(name, **kwargs)
+        params = params.replace(**changed)
         space, spaces = game.observation_space(params), gymnax.environments.spaces
         if not isinstance(space, spaces.Box):
             raise ValueError(f"the observation space {space} is not supported; Box is")
-        if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_NATURE and space.dtype != jnp.uint8:
-            raise ValueError(f"images of {SMALLEST_NATURE} x {SMALLEST_NATURE} or more must be bytes")
+        if len(space.shape) == 3 and min(space.shape[:2]) >= SMALLEST_IMAGE and space.dtype != jnp.uint8:
+            raise ValueError(f"images of {SMALLEST_IMAGE} x {SMALLEST_IMAGE} or more must be bytes")
         action_space = spaces.gymnax_space_to_gym_space(game.action_space(params))
         action_sizes(action_space)  # raises where it is not supported
+
+        def begin_and_step(key: Tensor) -> tuple:
+            _, states = game.reset(key, params)
+            return game.step(key, states, game.action_space(params).sample(key), params)
+
+        jax.eval_shape(begin_and_step, jax.eval_shape(partial(jax.random.key, 0)))  # raises where parameters do not fit
         return game, params, action_space
     except Exception as error:
         hint = "; pip install -r requirements/all.txt" if isinstance(error, ImportError) else ""
@@ -1835,7 +1878,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1859,8 +1904,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1973,7 +2019,8 @@ class DeviceRun(Run):
 
 
 class SeedsRun(DeviceRun):
-    """Many seeds, a W&B run each in seed_<k>/. A row's values of seed k go by the name seed_<k>.…, the rest to all."""
+    """Many seeds, a W&B run each in seed_<k>/. A row's values of seed k go by the name seed_<k>.…, the rest to all, but
+    for what would mix the seeds (POOLED)."""
 
     POOLED = ("charts/episodic", "charts/return", "charts/evaluation", "histograms/")  # what is not of one seed
 
@@ -2002,8 +2049,10 @@ class SeedsRun(DeviceRun):
 
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         """A row costs by the seed, so many seeds wait longer for one; the last rows do not."""
-        is_due = time.perf_counter() - self.sent_at >= SECONDS_OF_A_ROW * self.config.num_seeds / 8
-        if is_due or "times/iteration" not in self.row or self.iteration == self.config.num_iterations:
+        is_long = time.perf_counter() - self.sent_at >= SECONDS_OF_A_ROW * self.config.num_seeds / 8
+        is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
+        is_last = self.iteration == self.config.num_iterations or "times/iteration" not in self.row
+        if is_long or is_beside_timed or is_last or "charts/evaluation_return" in self.row:
             super().send_row(media)
             self.sent_at = time.perf_counter()
 
@@ -2202,6 +2251,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -2257,7 +2308,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

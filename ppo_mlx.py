@@ -83,7 +83,7 @@ FRAMEWORK = "mlx"
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -114,9 +114,9 @@ class Config:
     target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
     adam_eps: Positive = 1e-5  # Adam's ε
     hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers for vector observations
-    norm_obs: bool = False  # normalise vector observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
+    norm_obs: bool = False  # normalise vector observations by their running mean and variance, to ±10 at most
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, to ±10 at most
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1], before --norm-reward; reported returns never are
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu for images where there is one, else cpu
@@ -124,7 +124,7 @@ class Config:
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
@@ -132,7 +132,7 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_mlx"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
@@ -148,9 +148,11 @@ class Config:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.iteration_steps
 
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.num_envs)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -171,9 +173,8 @@ class Agent(nn.Module):
         self.encoder = NatureCNN(observation_shape) if is_image else None
         self.actor = MLP(*sizes, sum(nvec) or action_dim, gain=0.01)
         self.critic = MLP(*sizes, 1, gain=1.0)
-        is_parallel = (
-            not is_image and mx.default_device().type == mx.cpu
-        )  # the critic beside the actor, on another core
+        # the critic beside the actor, on another core
+        is_parallel = not is_image and mx.default_device().type == mx.cpu
         self.critic_stream = (mx.new_stream if is_parallel else mx.default_stream)(mx.default_device())
         self.log_std = None if nvec else mx.zeros(action_dim)
 
@@ -207,6 +208,9 @@ class MLP(nn.Sequential):
     def __init__(self, *sizes: int, gain: float):
         hidden = [(initialised(nn.Linear(*pair)), nn.Tanh()) for pair in itertools.pairwise(sizes[:-1])]
         super().__init__(*sum(hidden, ()), initialised(nn.Linear(*sizes[-2:]), gain))
+
+
+SMALLEST_IMAGE = 36  # pixels a side of which the convolutions leave something
 
 
 class NatureCNN(nn.Sequential):
@@ -291,7 +295,7 @@ class Adam(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What an update changes."""
+    """What an update changes, the agent in place: `to_numpy` makes a copy."""
 
     agent: Agent
     weights: Tensor  # all of the agent's, in one vector, of which its layers hold the parts
@@ -540,10 +544,12 @@ def collect_rollout(
         actions.append(timed("forward", act, agent, observations[t], noise[t]))
         observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, actions[t])
         final_observations.extend(ended)
+    actions = np.array(actions)
+    check_actions(observations, actions)
     final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
     returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
     check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
-    return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
+    return Rollout(observations, actions, rewards, terminated, truncated, final_observations)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -821,8 +827,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
             mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
             vector = gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
             shape = vector.single_observation_space.shape
-            if len(shape) != 3 or min(shape[1:]) < 36:
-                raise ValueError(f"the CNN needs grey images of 36 x 36 or more, these are {shape[1:]}")
+            if len(shape) != 3 or min(shape[1:]) < SMALLEST_IMAGE:
+                raise ValueError(f"the CNN needs grey images, {SMALLEST_IMAGE} a side or more, these are {shape[1:]}")
             return vector
         kwargs |= {"render_mode": "rgb_array"} if is_filmed else {}
         make = partial(make_env, config.env_id, kwargs)
@@ -862,12 +868,14 @@ def make_env(env_id: str, kwargs: dict) -> gym.Env:
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
         space = spaces.Box(0, 255, np.moveaxis(space.sample(), channels, 0).shape, np.uint8)
-        if min(space.shape[1:]) < 36:
-            raise ValueError(f"the CNN needs images of 36 x 36 or more, these are {space.shape[1]} x {space.shape[2]}")
+        if min(space.shape[1:]) < SMALLEST_IMAGE:
+            raise ValueError(f"the CNN needs images, {SMALLEST_IMAGE} a side or more, these are {space.shape[1:]}")
         return gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, channels, 0).copy(), space)
     if not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
-    return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return gym.wrappers.TransformObservation(env, np.copy, space)  # a reset may write over an episode's last
+    return gym.wrappers.FlattenObservation(env)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -953,11 +961,19 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
         raise
 
 
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def check_actions(observations: np.ndarray, actions: np.ndarray) -> None:
+    """Raises TrainingFailed where an action (T, …) is not finite though all observations until then are."""
+    is_bad = ~np.isfinite(actions).all((1, 2))  # (T,)
+    if is_bad.any() and np.isfinite(observations[: is_bad.argmax() + 1]).all():
+        raise TrainingFailed("the policy gives an action that is not finite")
+
+
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1182,7 +1198,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1206,8 +1224,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1442,6 +1461,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -1497,7 +1518,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

@@ -87,7 +87,7 @@ FRAMEWORK = "torch"
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -118,9 +118,9 @@ class Config:
     target_kl: Positive | None = None  # stop an update after an epoch whose mean KL exceeds this
     adam_eps: Positive = 1e-5  # Adam's ε
     hidden_sizes: tuple[Count, ...] = (64, 64)  # widths of the tanh layers for vector observations
-    norm_obs: bool = False  # normalise vector observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; reported returns are never clipped
+    norm_obs: bool = False  # normalise vector observations by their running mean and variance, to ±10 at most
+    norm_reward: bool = False  # divide rewards by the running std of the discounted return, to ±10 at most
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1], before --norm-reward; reported returns never are
     episodic_life: bool = False  # Atari: learn as if a lost life ended the game; reported returns are whole games
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, mps for images, else cpu
@@ -129,7 +129,7 @@ class Config:
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights and normalisation statistics
@@ -137,7 +137,7 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "ppo_torch"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
@@ -153,9 +153,11 @@ class Config:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.iteration_steps
 
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.num_envs)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -197,13 +199,17 @@ class MLP(nn.Sequential):
     def __init__(self, *sizes: int, gain: float):
         hidden = [(initialised(nn.Linear(*pair)), nn.Tanh()) for pair in itertools.pairwise(sizes[:-1])]
         super().__init__(*sum(hidden, ()), initialised(nn.Linear(*sizes[-2:]), gain))
-        self.layers = [(layer.weight, layer.bias) for layer in self if isinstance(layer, nn.Linear)]
+        self.hidden = [(linear.weight, linear.bias, activation.forward) for linear, activation in hidden]
+        self.last = self[-1].weight, self[-1].bias
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.Sequential's, in half the time for a few observations: no hooks, no look-up of the weights."""
-        for weight, bias in self.layers[:-1]:
-            x = F.linear(x, weight, bias).tanh()
-        return F.linear(x, *self.layers[-1])
+        for weight, bias, activation in self.hidden:
+            x = activation(F.linear(x, weight, bias))
+        return F.linear(x, *self.last)
+
+
+SMALLEST_IMAGE = 36  # pixels a side of which the convolutions leave something
 
 
 class NatureCNN(nn.Sequential):
@@ -257,7 +263,7 @@ class Batch(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What an update changes."""
+    """What an update changes, in place: `to_numpy` makes a copy."""
 
     agent: Agent
     weights: nn.Parameter  # all of the agent's, in one vector; its layers hold views of it
@@ -488,11 +494,13 @@ def collect_rollout(
         actions.append(timed("forward", act, agent, observations[t], noise[t]))
         observations[t + 1], rewards[t], terminated[t], truncated[t], ended = timed("step", envs.step, actions[t])
         final_observations.extend(ended)
+    actions = np.array(actions)
+    check_actions(observations, actions)
     final_observations = np.array(final_observations, observations.dtype).reshape(-1, *observations.shape[2:])
     returns = np.array([*envs.returns, *(episode_return for _, episode_return, _ in envs.episodes)])  # never clipped
     check_finite(config.env_id, observation=observations, reward=returns, final_observation=final_observations)
     share_statistics(envs)
-    return Rollout(observations, np.array(actions), rewards, terminated, truncated, final_observations)
+    return Rollout(observations, actions, rewards, terminated, truncated, final_observations)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -567,10 +575,20 @@ def device_name(learner: Learner) -> str:
 def new_stopwatch(learner: Learner, config: Config) -> "Stopwatch":
     device, compiled = learner.weights.device.type, {}
     if config.compile:
+        if device == "cpu":
+            check_compiler()
         torch._dynamo.config.trace_autograd_ops = True  # loss and gradient in one graph: 2.4 times as fast
         compiled = {loss_and_gradient: torch.compile(loss_and_gradient, dynamic=False)}
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
     return Stopwatch(lambda result: synchronize(), compiled)
+
+
+def check_compiler() -> None:
+    """Raises BadInput where torch.compile would find none."""
+    try:
+        importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    except RuntimeError as error:
+        raise BadInput(f"--compile: {one_line(error)}") from error
 
 
 def with_learning_rate(learner: Learner, rate: float) -> Learner:
@@ -671,16 +689,17 @@ def mean_over_processes(x: Tensor) -> Tensor:
     """Of means, each over as many samples as any other"""
     if not dist.is_initialized():
         return x
-    return over_processes(x.clone(), dist.ReduceOp.SUM) / dist.get_world_size()
+    total = x.clone()
+    over_processes(dist.all_reduce, total)
+    return total / dist.get_world_size()
 
 
 # twin: ppo_torch vpg_torch
-def over_processes(x: Tensor, operation: dist.ReduceOp) -> Tensor:
+def over_processes(exchange: Callable, *arguments) -> None:
     try:
-        dist.all_reduce(x, operation)
+        exchange(*arguments)
     except RuntimeError as error:  # the one that failed says why
         raise TrainingFailed("another process has ended") from error
-    return x
 
 
 # twin: ppo_torch vpg_torch
@@ -814,8 +833,8 @@ def make_vector(config: Config, num_envs: int, is_evaluation: bool) -> gym.vecto
             mode |= {"life_loss_info": config.episodic_life, "reward_clipping": False, "repeat_action_probability": 0.0}
             vector = gym.make_vec(config.env_id, num_envs, "vector_entry_point", **mode | kwargs)
             shape = vector.single_observation_space.shape
-            if len(shape) != 3 or min(shape[1:]) < 36:
-                raise ValueError(f"the CNN needs grey images of 36 x 36 or more, these are {shape[1:]}")
+            if len(shape) != 3 or min(shape[1:]) < SMALLEST_IMAGE:
+                raise ValueError(f"the CNN needs grey images, {SMALLEST_IMAGE} a side or more, these are {shape[1:]}")
             return vector
         kwargs |= {"render_mode": "rgb_array"} if is_filmed else {}
         make = partial(make_env, config.env_id, kwargs)
@@ -855,12 +874,14 @@ def make_env(env_id: str, kwargs: dict) -> gym.Env:
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         channels = -1 if space.shape[-1] in (1, 3, 4) else 0  # axis
         space = spaces.Box(0, 255, np.moveaxis(space.sample(), channels, 0).shape, np.uint8)
-        if min(space.shape[1:]) < 36:
-            raise ValueError(f"the CNN needs images of 36 x 36 or more, these are {space.shape[1]} x {space.shape[2]}")
+        if min(space.shape[1:]) < SMALLEST_IMAGE:
+            raise ValueError(f"the CNN needs images, {SMALLEST_IMAGE} a side or more, these are {space.shape[1:]}")
         return gym.wrappers.TransformObservation(env, lambda image: np.moveaxis(image, channels, 0).copy(), space)
     if not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; images and what flattens to a vector are")
-    return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return gym.wrappers.TransformObservation(env, np.copy, space)  # a reset may write over an episode's last
+    return gym.wrappers.FlattenObservation(env)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -946,11 +967,19 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
         raise
 
 
+# twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax
+def check_actions(observations: np.ndarray, actions: np.ndarray) -> None:
+    """Raises TrainingFailed where an action (T, …) is not finite though all observations until then are."""
+    is_bad = ~np.isfinite(actions).all((1, 2))  # (T,)
+    if is_bad.any() and np.isfinite(observations[: is_bad.argmax() + 1]).all():
+        raise TrainingFailed("the policy gives an action that is not finite")
+
+
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1175,7 +1204,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1199,8 +1230,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1287,7 +1319,7 @@ class SharedRun(Run):
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         self.learner = super().restore(learner, rng, memory)
         first = [(self.state(learner), self.iteration)]
-        dist.broadcast_object_list(first)
+        over_processes(dist.broadcast_object_list, first)
         arrays, self.iteration = first[0]
         memory.from_numpy(arrays)
         return from_numpy(learner, arrays)
@@ -1307,7 +1339,8 @@ class SharedRun(Run):
             yield iteration
             weights = sum(float(x.sum(dtype=np.float64)) for x in to_numpy(self.learner).values())
             own = torch.tensor([self.heard, weights, -weights], dtype=torch.float64)
-            number, most, minus_least = over_processes(own, dist.ReduceOp.MAX).tolist()
+            over_processes(dist.all_reduce, own, dist.ReduceOp.MAX)
+            number, most, minus_least = own.tolist()
             self.stop_signal = self.stop_signal or int(number)  # which may have come meanwhile
             if most != -minus_least:
                 raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
@@ -1510,6 +1543,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -1565,7 +1600,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

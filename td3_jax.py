@@ -92,7 +92,7 @@ ALGORITHM = "td3"
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -104,7 +104,7 @@ class Config:
     env_id: str = "HalfCheetah-v5"  # Gymnasium id, module:Id-v0 or dm_control/domain-task-v0
     env_kwargs: str = "{}"  # JSON passed to the environment, such as '{"gravity": 5.0}'
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # seed of weights, actions, minibatches and environments
-    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole --log-intervals
+    total_timesteps: Steps = 1_000_000  # environment steps of the whole run, in whole iterations
     learning_rate: Positive = 3e-4  # Adam's learning rate of the policy and the critics
     num_envs: Count = 1  # N, environments that step together
     action_repeat: Count = 1  # times that the environment takes an action; each counts, even if the episode ends sooner
@@ -121,11 +121,11 @@ class Config:
     hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the ReLU layers
     vectorization: Literal["auto", "sync", "async"] = "auto"  # one process, or one an environment; auto: the faster
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # auto: what JAX finds, an accelerator before the cpu
-    log_interval: Count = 1000  # steps of an iteration, the unit of the record and of timing
+    log_interval: Count = 1000  # steps of an iteration, the unit of record and timing; rounded up to whole steps of N
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 5000  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights
@@ -133,13 +133,14 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "td3_jax"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
     @property
     def iteration_steps(self) -> int:
-        return self.log_interval
+        """A log interval, in whole steps of all environments"""
+        return math.ceil(self.log_interval / self.vector_step) * self.vector_step
 
     @property
     def num_iterations(self) -> int:
@@ -150,9 +151,11 @@ class Config:
         """Environment steps that one step of all environments together makes"""
         return self.num_envs * self.action_repeat
 
+    # twin: td3_jax sac_jax mpo_jax
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.vector_step)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -253,7 +256,8 @@ class Metrics(NamedTuple):
 
     critic_loss: Tensor
     q_mean: Tensor  # of all critics
-    actor_loss: Tensor  # NaN where the policy did not move
+    actor_loss: Tensor  # NaN where the policy does not move
+    moves_policy: Tensor  # not recorded
 
 
 # ------------------------------------------------------------------------------------------------------- equations
@@ -352,7 +356,7 @@ def update_minibatch(learner: Learner, batch: Batch, config: Config, timed: Call
         return timed("target_update", update_targets, learner, config), loss
 
     learner, policy_loss = when(batch.moves_policy, move_policy, learner, critics_loss.dtype)
-    return learner, Metrics(critics_loss, q_mean, policy_loss)
+    return learner, Metrics(critics_loss, q_mean, policy_loss, batch.moves_policy)
 
 
 # twin: td3_jax sac_jax mpo_jax
@@ -445,7 +449,7 @@ def train(config: Config) -> Result:
             stopwatch.timed("compile", warm_up, learner, envs, config, stopwatch)
             for iteration in run.iterations():
                 metrics = []
-                for step in range(run.global_step - config.log_interval, run.global_step, config.vector_step):
+                for step in range(run.global_step - config.iteration_steps, run.global_step, config.vector_step):
                     interact(learner.actor, envs, buffer, step, config, rng, stopwatch.timed)
                     updates = range(num_updates(step, config) + 1, num_updates(step + config.vector_step, config) + 1)
                     if not updates:
@@ -492,7 +496,7 @@ def new_learner(envs: "Environments", config: Config) -> Learner:
     actor_key, critics_key = jax.random.split(jax.random.key(config.seed))
     observations, actions = jnp.zeros((1, envs.observation_dim)), jnp.zeros((1, envs.action_dim))
     actor = Network.create(Actor(config.hidden_sizes, envs.action_dim), actor_key, observations)
-    critic_keys = jax.random.split(critics_key)
+    critic_keys = jax.random.split(critics_key, 2)
     critics = Critics.create(Critic(config.hidden_sizes), critic_keys, observations, actions)
     return Learner(actor, critics, *copied((actor, critics)), Optimizers(*map(begin_adam, (actor, critics))))
 
@@ -524,14 +528,14 @@ def warm_up(learner: Learner, envs: "Environments", config: Config, stopwatch: "
         return
     rng, observations = np.random.default_rng(0), np.zeros((config.num_envs, envs.observation_dim), np.float32)
     explore(learner.actor, observations, envs.action_dim, config.learning_starts, config, rng)
-    capacity = min(config.buffer_size, config.log_interval // config.action_repeat)
+    capacity = min(config.buffer_size, config.iteration_steps // config.action_repeat)
     one_iteration = dataclasses.replace(config, buffer_size=capacity)
     buffer = ReplayBuffer(one_iteration, config.num_envs, envs.observation_dim, envs.action_dim)
     buffer.num_transitions = buffer.num_places - config.num_envs  # zeros, as many as an iteration gives
     histogram_samples(learner, buffer, config)
     updates_at_once = config.updates_per_step * config.num_envs
     for count in {math.floor(updates_at_once), math.ceil(updates_at_once)} - {0}:
-        batch = sample_batch(buffer, range(count), config, rng)  # in update 0 the policy of TD3 moves too
+        batch = sample_batch(buffer, range(count), config, rng)  # TD3's policy moves in update 0
         stopwatch.fused(None, update, copied(learner), batch, config, stopwatch.fused)
     update(copied(learner), batch, config, Stopwatch(stopwatch.fence, stopwatch.compiled).timed)
 
@@ -576,7 +580,7 @@ def mean_metrics(arrays: list[Tensor]) -> dict[str, float]:
     if not arrays:
         return {}
     metrics = Metrics(*np.concatenate(jax.device_get(arrays), -1))._asdict()
-    metrics["actor_loss"] = metrics["actor_loss"][~np.isnan(metrics["actor_loss"])]
+    metrics["actor_loss"] = metrics["actor_loss"][metrics.pop("moves_policy").astype(bool)]
     return {f"losses/{name}": float(values.mean()) for name, values in metrics.items() if len(values)}
 
 
@@ -588,7 +592,7 @@ def copied(tree):
 # twin: td3_jax sac_jax mpo_jax
 def histogram_samples(learner: Learner, buffer: "ReplayBuffer", config: Config) -> dict[str, np.ndarray]:
     """What the record has a histogram of: the actions of this iteration and Q of them"""
-    newest = buffer.newest(config.log_interval // config.action_repeat)
+    newest = buffer.newest(config.iteration_steps // config.action_repeat)
     actions, values = newest["actions"], compiled_call(learner.critics, newest["observations"], newest["actions"])
     return {"actions": actions, "values": np.asarray(values)}
 
@@ -825,7 +829,9 @@ def make_env(env_id: str, kwargs: dict, action_repeat: int) -> gym.Env:
     is_image = isinstance(observations, spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1
     if is_image or not observations.is_np_flattenable or isinstance(observations, spaces.Text):
         raise ValueError(f"the observation space {observations} is not supported; what flattens to a vector is")
-    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
+    if isinstance(observations, spaces.Box) and len(observations.shape) == 1:
+        env = gym.wrappers.TransformObservation(env, np.copy, observations)  # a reset may write over an episode's last
+    else:
         env = gym.wrappers.FlattenObservation(env)
     return gym.wrappers.RepeatAction(env, action_repeat) if action_repeat > 1 else env
 
@@ -903,7 +909,7 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1128,7 +1134,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1152,8 +1160,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1370,12 +1379,10 @@ class TrainingFailed(Exception):
 def validate(config: Config) -> Config:
     """Raises BadInput where a value is not what Config allows, or where values do not go together."""
     config = checked_fields(config)
-    together = f"{config.num_envs} environments x {config.action_repeat} repeats"
-    if config.log_interval % config.vector_step:
-        raise BadInput(f"--log-interval {config.log_interval}: must be a multiple of {together}")
-    if 0 < config.total_timesteps < config.log_interval:
-        raise BadInput(f"--total-timesteps {config.total_timesteps}: must be 0 or reach one --log-interval")
-    if config.total_timesteps and not num_updates(config.num_iterations * config.log_interval, config):
+    if 0 < config.total_timesteps < config.iteration_steps:
+        needed = f"must be 0 or at least an iteration of {config.iteration_steps} (--log-interval)"
+        raise BadInput(f"--total-timesteps {config.total_timesteps}: {needed}")
+    if config.total_timesteps and not num_updates(config.num_iterations * config.iteration_steps, config):
         learning = f"--learning-starts {config.learning_starts}, --updates-per-step {config.updates_per_step}"
         raise BadInput(f"--total-timesteps {config.total_timesteps}: ends before the first update ({learning})")
     if config.buffer_size < config.num_envs:
@@ -1390,6 +1397,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -1445,7 +1454,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

@@ -86,7 +86,7 @@ FRAMEWORK = "torch"
 
 # ---------------------------------------------------------------------------------------------------------- Config
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Steps = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -116,7 +116,7 @@ class Config:
     timing_interval: Steps = 20  # every K-th iteration runs phase by phase, fenced; 1: always, 0: never
     eval_episodes: Steps = 10  # episodes of an evaluation: deterministic policy, fresh environments; 0: none
     eval_interval: Steps = 0  # environment steps between evaluations; 0: only one at the end
-    checkpoint_interval: Steps | None = None  # steps between checkpoints (new episodes); None: a tenth; 0: at a signal
+    checkpoint_interval: Steps | None = None  # steps to a checkpoint (new episodes); None: 1/10, ≥5000 N; 0: on signals
     capture_video: bool = False  # film the first episode of every evaluation, 2000 steps at most
     save_model: bool = True  # write model.safetensors at the end
     load_model: str | None = None  # start from this model.safetensors: its weights
@@ -124,7 +124,7 @@ class Config:
     run_dir: str | None = None  # directory of the run's files; None: runs/<env>__<script>__<seed>__<time>
     exp_name: str = "vpg_torch"  # <script> in the name of the run
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline: nothing leaves the machine
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$")] = "deep-rl-scripts"  # W&B project
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", max_length=128)] = "deep-rl-scripts"  # W&B project
     wandb_entity: str | None = None  # W&B user or team
     wandb_group: str | None = None  # W&B group; None: <env>__<script>, so that seeds fall together
 
@@ -136,9 +136,11 @@ class Config:
     def num_iterations(self) -> int:
         return self.total_timesteps // self.iteration_steps
 
+    # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax vpg_torch
     @property
     def checkpoint_every(self) -> int:
-        return self.total_timesteps // 10 if self.checkpoint_interval is None else self.checkpoint_interval
+        default = max(self.total_timesteps // 10, 5000 * self.num_envs)  # so that episodes end in between
+        return default if self.checkpoint_interval is None else self.checkpoint_interval
 
 
 # -------------------------------------------------------------------------------------------------------- networks
@@ -200,7 +202,7 @@ class Batch(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What an update changes."""
+    """What an update changes, in place: `to_numpy` makes a copy."""
 
     policy: Policy
     critic: nn.Sequential  # (T, N, O) -> (T, N, 1)
@@ -602,16 +604,17 @@ def mean_over_processes(x: Tensor) -> Tensor:
     """Of means, each over as many samples as any other"""
     if not dist.is_initialized():
         return x
-    return over_processes(x.clone(), dist.ReduceOp.SUM) / dist.get_world_size()
+    total = x.clone()
+    over_processes(dist.all_reduce, total)
+    return total / dist.get_world_size()
 
 
 # twin: ppo_torch vpg_torch
-def over_processes(x: Tensor, operation: dist.ReduceOp) -> Tensor:
+def over_processes(exchange: Callable, *arguments) -> None:
     try:
-        dist.all_reduce(x, operation)
+        exchange(*arguments)
     except RuntimeError as error:  # the one that failed says why
         raise TrainingFailed("another process has ended") from error
-    return x
 
 
 # twin: ppo_torch vpg_torch
@@ -734,7 +737,9 @@ def make_env(env_id: str, kwargs: dict) -> gym.Env:
     is_image = isinstance(space, spaces.Box) and len(space.shape) == 3
     if is_image or not space.is_np_flattenable or isinstance(space, spaces.Text):
         raise ValueError(f"the observation space {space} is not supported; what flattens to a vector is")
-    return env if isinstance(space, spaces.Box) and len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        return gym.wrappers.TransformObservation(env, np.copy, space)  # a reset may write over an episode's last
+    return gym.wrappers.FlattenObservation(env)
 
 
 # twin: ppo_torch ppo_mlx ppo_jax ppo_lstm_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -833,7 +838,7 @@ def call_environments(vector: gym.vector.VectorEnv, env_id: str, name: str, *arg
 def check_finite(env_id: str, **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise TrainingFailed(f"{env_id} gave a {name.replace('_', ' ')} that is not finite")
+            raise TrainingFailed(f"{env_id}: the {name.replace('_', ' ')} is not finite")
 
 
 # twin: ppo_torch ppo_mlx ppo_jax td3_jax sac_jax mpo_jax vpg_torch
@@ -1058,7 +1063,9 @@ class Run:
         self.add(metrics | {f"times/{phase}": seconds for phase, seconds in self.stopwatch.lap().items()})
         is_beside_timed = self.is_timed(self.iteration) or self.is_timed(self.iteration + 1)
         is_last = self.iteration == self.config.num_iterations
-        if not (is_beside_timed or is_last or sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW):
+        is_evaluated = "charts/evaluation_return" in self.row  # of this step, and not a mean of several
+        is_long = sum(self.row["times/iteration"]) >= SECONDS_OF_A_ROW
+        if not (is_beside_timed or is_last or is_evaluated or is_long):
             return
         is_due = is_last or self.iteration - self.histograms_at >= self.config.num_iterations // 100
         self.stopwatch.timed("record", self.send_row, partial(self.media, samples) if is_due else dict)
@@ -1082,8 +1089,9 @@ class Run:
     def send_row(self, media: Callable[[], dict] = dict) -> None:
         if not self.row:
             return
-        totals = {f"times/{phase}" for phase in OUTSIDE}
-        row = {key: sum(values) / (1 if key in totals else len(values)) for key, values in self.row.items()}
+        totals, iterations, row = {f"times/{phase}" for phase in OUTSIDE}, len(self.row.get("times/iteration", ())), {}
+        for key, values in self.row.items():  # a phase may be missing in some of the iterations
+            row[key] = sum(values) / (1 if key in totals else iterations if key.startswith("times/") else len(values))
         if "times/iteration" in row:
             row["charts/SPS"] = self.config.iteration_steps / row["times/iteration"]
             row["charts/iteration"] = self.iteration
@@ -1170,7 +1178,7 @@ class SharedRun(Run):
     def restore(self, learner: Learner, rng: np.random.Generator, memory) -> Learner:
         self.learner = super().restore(learner, rng, memory)
         first = [(self.state(learner), self.iteration)]
-        dist.broadcast_object_list(first)
+        over_processes(dist.broadcast_object_list, first)
         arrays, self.iteration = first[0]
         memory.from_numpy(arrays)
         return from_numpy(learner, arrays)
@@ -1190,7 +1198,8 @@ class SharedRun(Run):
             yield iteration
             weights = sum(float(x.sum(dtype=np.float64)) for x in to_numpy(self.learner).values())
             own = torch.tensor([self.heard, weights, -weights], dtype=torch.float64)
-            number, most, minus_least = over_processes(own, dist.ReduceOp.MAX).tolist()
+            over_processes(dist.all_reduce, own, dist.ReduceOp.MAX)
+            number, most, minus_least = own.tolist()
             self.stop_signal = self.stop_signal or int(number)  # which may have come meanwhile
             if most != -minus_least:
                 raise TrainingFailed(f"the processes have different weights at step {self.global_step}")
@@ -1391,6 +1400,8 @@ def checked_fields(config: Config) -> Config:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(f"--{str(wrong['loc'][0]).replace('_', '-')} {wrong['input']}: {wrong['msg']}") from error
+    if config.capture_video and not config.eval_episodes:
+        raise BadInput("--capture-video --eval-episodes 0: evaluations are what is filmed")
     with contextlib.suppress(json.JSONDecodeError):
         if isinstance(json.loads(config.env_kwargs), dict):
             return config
@@ -1446,7 +1457,9 @@ def main() -> int:
     try:
         train(parse_config(sys.argv[1:]))
         return 0
-    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt) as error:
+    except (BadInput, TrainingFailed, MemoryError, KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocat" not in str(error):  # as all frameworks say it of memory
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         return {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 

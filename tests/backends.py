@@ -31,10 +31,12 @@ def double_precision(module: ModuleType) -> Iterator[None]:
         torch.set_default_dtype(torch.float64)
     # needed once, so not kept: XLA has crashed (segmentation fault) while it serialised the CNN's update for the cache
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
-    with jax.enable_x64(True) if module.FRAMEWORK == "jax" else contextlib.nullcontext():
-        yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with jax.enable_x64(True) if module.FRAMEWORK == "jax" else contextlib.nullcontext():
+            yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        torch.set_default_dtype(torch.float32)
 
 
 def jax_doubled(tree):

@@ -483,7 +483,8 @@ def fuzzed(script: Script, times: int, rng: random.Random) -> Iterator[str | Non
 
 
 def refused_number(script: Script, directory: Path, what: str, value: float, **kwargs) -> None:
-    flags = script.environment("NotANumber", what=what, value=value, at=7, which=1, length=9, **kwargs)
+    kwargs = {"at": 7, "which": 1, "length": 9} | kwargs
+    flags = script.environment("NotANumber", what=what, value=value, **kwargs)
     outcome = script.main(*script.short, *flags, "--run-dir", directory)
     assert_one_line(outcome, 1, "NotANumber-v0", what, "not finite", module=script.module)
     assert not (directory / "model.safetensors").exists()
@@ -491,8 +492,10 @@ def refused_number(script: Script, directory: Path, what: str, value: float, **k
 
 @fault("environment", "NaN or infinite observation or reward, a last observation too: named, exit 1", times=5)
 def not_a_number(script: Script, times: int, rng: random.Random) -> Iterator[str | None]:
-    ways = [(what, value, {}) for what in ("observation", "reward") for value in (math.nan, -math.inf)]
-    ways.append(("observation", math.nan, {"truncate": True}))
+    numbers = math.nan, -math.inf
+    ways = [("observation", math.nan, {"truncate": True, "at": 9})]
+    ways += [("observation", value, {"box": True}) for value in numbers]  # what follows are actions that are no numbers
+    ways += [("reward", value, {}) for value in numbers]
     for what, value, kwargs in ways[:times]:
         yield tried(lambda: refused_number(script, script.new("nan"), what, value, **kwargs))  # noqa: B023 (called here)
 
@@ -970,18 +973,15 @@ def write(rows: list[Row]) -> None:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """How many times each fault was tried on each script; where not all held, how many did"""
+    """How many times each fault was tried on each script, and where not all held"""
     lines = []
-    found = {(row.script, row.fault): row for row in rows}
     for a_fault in FAULTS:
-        cells = [found.get((name, a_fault.name)) for name in SCRIPTS]
-        texts = [
-            f"{row.tried}" if row and row.held == row.tried else f"**{row.held} of {row.tried}**" if row else ""
-            for row in cells
-        ]
-        if any(texts):
-            lines.append([a_fault.name, *texts])
-    return compare.markdown(["what was tried", *(f"`{name}`" for name in SCRIPTS)], lines)
+        of_fault = [row for row in rows if row.fault == a_fault.name]
+        if of_fault:
+            times = sorted({row.tried for row in of_fault})
+            broken = [f"`{row.script}`: **{row.held} of {row.tried}**" for row in of_fault if row.held < row.tried]
+            lines.append([a_fault.name, " or ".join(map(str, times)), ", ".join(broken) or "all"])
+    return compare.markdown(["what was tried", "times, on each script", "held"], lines)
 
 
 @dataclass(frozen=True)

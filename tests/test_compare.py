@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,13 +187,67 @@ def test_rows_on_disk_and_rows_of_the_api_read_alike_and_drop_what_is_not_drawn(
     nested = {"_type": "histogram", "bins": [0, 1, 2], "values": [3, 4]}
     disk = {"histograms/episodic_return.bins": [0, 1, 2], "histograms/episodic_return.values": [3, 4]}
     other = {"_step": 4, "global_step": 7.0, "charts/x": 1.5, "charts/nan": "NaN", "losses/inf": float("inf"), "y": 1}
-    for item in (other | {"histograms/episodic_return": nested}, other | disk):
+    packed = {"_type": "histogram", "packedBins": {"min": 0, "size": 1.0, "count": 2}, "values": [3, 4]}
+    for item in (other | {"histograms/episodic_return": nested}, other | {compare.RETURNS: packed}, other | disk):
         row = compare.read_item(item)
         assert row.keys() == {"global_step", "charts/x", "histograms/episodic_return"}
         assert row["global_step"] == 7
         assert row["charts/x"] == 1.5
         assert row["histograms/episodic_return"].edges.tolist() == [0, 1, 2]
         assert row["histograms/episodic_return"].counts.tolist() == [3, 4]
+
+
+def test_a_network_that_goes_away_is_one_line(monkeypatch):
+    class Lazy:
+        id = "abc"
+
+        @property
+        def config(self):
+            raise wandb.errors.CommError("connection lost")
+
+        def scan_history(self):
+            return iter([{"global_step": 10, "charts/SPS": 5.0}])
+
+    monkeypatch.setattr(wandb, "login", lambda prompt: True)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path, filters: [Lazy()]))
+    with pytest.raises(compare.BadInput, match=r"team/project: .*connection lost"):
+        compare.read_runs(["team/project"])
+
+
+def test_a_loose_record_and_one_whose_beginning_is_damaged_are_told_apart(recorded, tmp_path, capsys):
+    record = next(recorded.rglob("run-*.wandb"))
+    loose, damaged = tmp_path / "loose", tmp_path / "run/wandb/offline-run-1"
+    for folder in (loose, damaged):
+        folder.mkdir(parents=True)
+        shutil.copy(record, folder)
+    with pytest.raises(compare.BadInput, match="a run directory holds"):
+        compare.read_runs([str(loose)])
+    content = bytearray(record.read_bytes())
+    content[20:40] = bytes(20)
+    (damaged / record.name).write_bytes(content)
+    with pytest.raises(compare.BadInput, match="no run with a recorded row"):
+        compare.read_runs([str(tmp_path / "run")])
+    notes = capsys.readouterr().err
+    assert "its beginning is damaged" in notes and "nothing yet" not in notes
+
+
+@pytest.mark.parametrize("damage", ["cell", "env_id", "steps"])
+def test_saved_numbers_that_lack_something_are_one_line(runs, damage, tmp_path):
+    path = tmp_path / "saved.csv"
+    compare.write_csv(runs, path)
+    if damage == "cell":
+        path.write_text(path.read_text() + "x" * 200_000)
+    else:
+        text = path.with_suffix(".json").read_text()
+        path.with_suffix(".json").write_text(text.replace(f'"{damage}"', '"other"', 1))
+    with pytest.raises(compare.BadInput, match="not as --save wrote them"):
+        compare.read_runs([str(path)])
+
+
+def test_runs_that_began_with_a_model_are_told_from_runs_that_did_not():
+    rows = [(0, [{"global_step": 1, "charts/SPS": 1.0}])]
+    runs = [compare.make_run(str(n), CONFIG | {"seed": n, "load_model": n or None}, rows, "")[0] for n in (0, 1)]
+    assert [note for note in compare.pooling_notes(runs) if "differ in load_model" in note]
 
 
 def test_runs_on_wandb_are_read_through_its_api(monkeypatch):
@@ -328,12 +384,6 @@ def test_summary_has_the_mean_of_the_last_five_evaluations():
     assert "evaluation_return_last_5" not in compare.summarise(rows[:4])
 
 
-def test_a_row_with_a_timed_and_a_fused_iteration_counts_by_its_phases():
-    mixed = {"times/iteration": 5.0, "times/update": 1.0, "times/loss": 6.0, "times/step": 2.0, "times/other": 0.5}
-    summary = compare.summarise([{"global_step": 1} | mixed])
-    assert summary == {"steps": 1, "timed/loss": 6.0, "timed/step": 2.0, "timed/other": 0.5, "timed/iteration": 8.5}
-
-
 # ----------------------------------------------------------------------------------------------------- tables and files
 
 
@@ -360,7 +410,7 @@ def test_tables_of_real_records(runs):
 
 def test_fewer_than_three_seeds_get_no_interval_and_missing_ones_are_counted():
     one, two = (Run("", CONFIG, {"steps": 1, "return_last_100": value}, []) for value in (12.0, 3.456))
-    assert compare.estimate([one, two], "return_last_100") == "12.0, 3.46"
+    assert compare.estimate([one, two], "return_last_100") == "12.0 and 3.46"
     assert compare.estimate([one, Run("", CONFIG, {"steps": 1}, [])], "return_last_100") == "12.0 (1 of 2 seeds)"
     assert compare.estimate([one], "evaluation_return") == "–"
 
@@ -452,11 +502,26 @@ def test_a_phase_that_takes_no_time_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_figure_of_times_has_the_fused_update_where_there_is_one(fused):
-    rows = [{"global_step": 1, "times/loss": 0.2, "times/other": 0.1}]
+    rows = [{"global_step": 1, "times/iteration": 0.3, "times/loss": 0.2, "times/other": 0.1}]
     rows += [{"global_step": step, "times/update": 0.1} for step in (2, 3)] * fused
     run = Run("", CONFIG, {"steps": 3} | compare.summarise(rows), rows)
     labels = [text.get_text() for text in compare.draw_times([run], "title").legends[0].get_texts()]
     assert labels == ["loss and gradient", "other", *["fused update"] * fused]
+
+
+def test_iterations_of_different_sizes_are_labelled():
+    rows = [{"global_step": 1, "times/iteration": 0.3, "times/loss": 0.2, "times/other": 0.1}]
+    sizes = {"ppo_torch": {"num_envs": 4, "num_steps": 128}, "td3_jax": {"log_interval": 1000}}
+    summary = {"steps": 1} | compare.summarise(rows)
+    runs = [Run(name, CONFIG | size | {"exp_name": name}, summary, rows) for name, size in sizes.items()]
+    texts = {text.get_text() for text in compare.draw_times(runs, "title").subfigs[0].axes[0].get_yticklabels()}
+    assert texts == {"ppo_torch\n(512 steps)", "td3_jax (torch)\n(1,000 steps)"}
+
+
+def test_the_estimator_of_groups_of_three_and_of_five_seeds():
+    runs = [Run(str(n), CONFIG | {"env_id": "A" if n < 3 else "B", "seed": n}, {"steps": 1}, []) for n in range(8)]
+    assert compare.estimator(runs).endswith("95 % bootstrap interval; of 3 or 4 seeds their range")
+    assert "range" not in compare.estimator(runs[3:])
 
 
 def test_a_log_axis_begins_above_a_phase_that_once_took_no_time():

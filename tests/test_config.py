@@ -6,8 +6,12 @@ import importlib
 import typing
 from types import ModuleType, NoneType
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+
+from tests.test_reliability import assert_one_line, main
 
 SCRIPTS = ("vpg_torch", "ppo_torch", "ppo_mlx", "ppo_jax", "ppo_lstm_jax", "td3_jax", "sac_jax", "mpo_jax")
 PPO = ("ppo_torch", "ppo_mlx", "ppo_jax", "ppo_lstm_jax")
@@ -61,6 +65,41 @@ def test_no_number_is_taken_from_outside_its_range(script, value):
         wrong = (value,) if isinstance(getattr(module.Config(), name), tuple) else value
         with pytest.raises(module.BadInput, match=f"--{name.replace('_', '-')} "):
             module.validate(dataclasses.replace(module.Config(), **{name: wrong}))
+
+
+TOO_MUCH = {
+    "torch": lambda: torch.empty(10**13),
+    "jax": lambda: jnp.zeros(10**13),
+}
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - {"ppo_mlx"}))  # MLX ends with a segmentation fault
+def test_memory_that_is_not_there_is_one_line(script, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "train", lambda config: TOO_MUCH[module.FRAMEWORK]())
+    assert_one_line(main(module=module), 1, "allocat", module=module)
+
+
+@each
+def test_other_errors_come_through(script, monkeypatch):
+    module = importlib.import_module(script)
+
+    def fail(config):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(module, "train", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(module=module)
+
+
+@each
+def test_ten_checkpoints_unless_episodes_would_not_end_in_between(script):
+    config = importlib.import_module(script).Config(num_envs=4, total_timesteps=500_000)
+    wide = dataclasses.replace(config, num_envs=64)
+    steps = 3 if hasattr(config, "action_repeat") else 1
+    wide = dataclasses.replace(wide, **{"action_repeat": 3} if steps == 3 else {})
+    assert (config.checkpoint_every, wide.checkpoint_every) == (50_000, 320_000 * steps)
+    assert dataclasses.replace(wide, checkpoint_interval=7).checkpoint_every == 7
 
 
 def test_the_types_of_a_field_are_found():

@@ -33,6 +33,7 @@ CASES = {
     "discrete": CARTPOLE | {"norm_obs": True},
     "multidiscrete": CARTPOLE | {"env_id": "tests.environments:Echo-v0", "env_kwargs": '{"space": "multidiscrete"}'},
     "gaussian": CARTPOLE | {"env_id": "Pendulum-v1", "norm_reward": True, "clip_vloss": False},
+    "bounded": CARTPOLE | {"env_id": "tests.environments:Echo-v0", "env_kwargs": '{"space": "bounded"}'},
     "plain": CARTPOLE | {"norm_adv": False, "ent_coef": 0.1, "hidden_sizes": (16,)},
     "images": {"env_id": "tests.environments:Picture-v0", "num_steps": 8, "num_minibatches": 2, "update_epochs": 2},
 }
@@ -150,18 +151,57 @@ def models(tmp_path_factory) -> dict[tuple[str, str], Model]:
     return found
 
 
+def assert_orthogonal(weights: np.ndarray, gain: float) -> None:
+    """(out, …) or (out, in): rows or columns, whichever are fewer, of length `gain` and at right angles"""
+    matrix = weights.reshape(len(weights), -1).astype(float)
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), rtol=0, atol=1e-5 * gain**2)
+
+
+@pytest.mark.parametrize("case", ["images", "bounded"])
+@pytest.mark.parametrize("module", [ppo_torch, *OTHERS], ids=name)
+def test_initial_weights(module, case):
+    """Orthogonal with gains √2, 0.01 (policy) and 1 (value), biases 0, log-std 0 (details 2 and 3 of the 37)."""
+    config = config_of(module, **CASES[case] | {"hidden_sizes": (8, 6)})
+    with contextlib.closing(module.Environments(config, 1)) as envs:
+        arrays = module.to_numpy(module.new_learner(envs, config))
+    weights = {key: x for key, x in arrays.items() if not key.startswith("optimizer.")}
+    number = 0 if case == "images" else 4
+    last = {f"actor.{number}.weight": 0.01, f"critic.{number}.weight": 1}
+    assert weights.keys() > last.keys()
+    for key, x in weights.items():
+        if key.endswith("weight"):
+            assert_orthogonal(x, last.get(key, np.sqrt(2)))
+        else:
+            assert not x.any(), key
+
+
+@pytest.mark.parametrize("module", [*OTHERS, ppo_torch, ppo_lstm_jax], ids=name)
+def test_the_optimizer_takes_the_annealed_learning_rate(module, tmp_path):
+    """That of the last of two iterations is half of the first's."""
+    flags = CARTPOLE | {"total_timesteps": 256, "eval_episodes": 0, "run_dir": str(tmp_path / "run")}
+    learner = module.train(config_of(module, **flags)).learner
+    if module is ppo_torch:
+        rate = learner.optimizer.param_groups[0]["lr"]
+    else:
+        rate = learner.optimizer.learning_rate if module is ppo_mlx else learner.learning_rate
+    assert float(rate) == pytest.approx(0.5e-3)
+
+
 @pytest.mark.parametrize("case", ["discrete", "gaussian", "images"])
 @pytest.mark.parametrize("writer", [ppo_torch, *OTHERS], ids=name)
 def test_every_script_loads_every_model(writer, case, models):
     flags, rollout = CASES[case], collected(case)[0]
     observations = rollout.observations.reshape(-1, *rollout.observations.shape[2:])[:16]
-    actions = {}
+    actions, outputs = {}, {}
     for reader in (ppo_torch, *OTHERS):
         config = config_of(reader, **flags)
         with contextlib.closing(reader.Environments(config, 2)) as envs:
             path = models[name(writer), case].path
             learner = reader.load_model(str(path), reader.new_learner(envs, config), envs)
             actions[reader] = np.asarray(reader.act(learner.agent, observations))
+            policy, values = learner.agent(*reader.to_tensors(learner.agent, observations))  # alike where actions are
+            outputs[reader] = [x.detach().numpy() if reader is ppo_torch else np.array(x) for x in (policy, values)]
             arrays, _ = reader.load_arrays(path)
             weights = {key: x for key, x in reader.to_numpy(learner).items() if not key.startswith("optimizer.")}
             assert arrays.keys() == weights.keys() | envs.to_numpy().keys()
@@ -169,6 +209,9 @@ def test_every_script_loads_every_model(writer, case, models):
                 np.testing.assert_array_equal(value, arrays[key], err_msg=key)
     for reader in OTHERS:
         np.testing.assert_allclose(actions[reader], actions[ppo_torch], rtol=0, atol=1e-5)
+        for found, expected in zip(outputs[reader], outputs[ppo_torch], strict=True):
+            assert expected.std(0).max() > 1e-3
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["discrete", "gaussian"])

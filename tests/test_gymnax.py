@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 import ppo_jax
+import ppo_lstm_jax
 from benchmarks.records import config_and_rows
-from ppo_jax import BadInput, Config, GymnaxEnvironments, TrainingFailed
+from ppo_jax import BadInput, Config, GymnaxEnvironments
 from tests.gymnax_environments import ENDS
 from tests.test_ppo_torch import PHASES, assert_times_add_up, watched_clock
 from tests.test_reliability import (
@@ -309,10 +310,57 @@ def test_the_record_adds_up_to_the_wall_clock(timing_interval, tmp_path, monkeyp
     assert {"losses/policy_loss", "losses/explained_variance", "charts/SPS"} <= covered[0][0].keys()
 
 
-def test_an_environment_that_gives_no_number_is_named(tmp_path):
-    config = config_of("Counter", {"bad_step": 3}, total_timesteps=64, run_dir=str(tmp_path / "run"))
-    with pytest.raises(TrainingFailed, match="gymnax/Counter gave a observation that is not finite"):
-        ppo_jax.train(config)
+FIVE_ITERATIONS = SMALL | {"env_id": "gymnax/Counter", "num_steps": 32, "total_timesteps": 5 * 128}
+FIVE_ITERATIONS |= {"checkpoint_interval": 0}  # so that one call holds them
+
+
+@pytest.mark.parametrize(
+    ("module", "box", "bad_step"),
+    [(ppo_jax, False, 3), (ppo_jax, True, 0), (ppo_jax, True, 100), (ppo_lstm_jax, True, 3)],
+)
+def test_an_environment_that_gives_no_number_is_named(module, box, bad_step, tmp_path):
+    """Actions that are not finite follow from the observation, weights from both, and actions in the next iteration of
+    the same call from these. (The warm-up takes 96 steps.)"""
+    kwargs = json.dumps({"bad_step": bad_step, "length": 105, "box": box})
+    config = module.Config(**FIVE_ITERATIONS, env_kwargs=kwargs, run_dir=str(tmp_path / "run"))
+    with pytest.raises(module.TrainingFailed, match="gymnax/Counter: the observation is not finite"):
+        module.train(config)
+
+
+@pytest.mark.parametrize("module", [ppo_jax, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_a_policy_that_is_not_finite_is_to_blame(module, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "draw_noise", lambda *_: jnp.full((32, 4, 1), jnp.nan))
+    config = module.Config(**FIVE_ITERATIONS, env_kwargs='{"box": true}', run_dir=str(tmp_path / "run"))
+    with pytest.raises(module.TrainingFailed, match="the policy gives an action that is not finite"):
+        module.train(config)
+
+
+@pytest.mark.parametrize("value", ["x", [1], None])
+@pytest.mark.parametrize("module", [ppo_jax, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_parameters_that_the_game_cannot_take_are_refused(module, value, tmp_path):
+    kwargs = json.dumps({"max_steps_in_episode": value})
+    flags = ["--env-id", "gymnax/CartPole-v1", "--env-kwargs", kwargs, "--wandb-mode", "disabled"]
+    assert_refused(main(*flags, "--run-dir", tmp_path / "run", module=module), "--env-kwargs", module=module)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [ppo_jax, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_parameters_are_those_of_the_game_that_was_asked_for(module):
+    """DeepSea's episodes are as long as the sea is wide."""
+    config = module.Config(env_id="gymnax/DeepSea-bsuite", env_kwargs='{"size": 20, "deterministic": false}')
+    _, params, _ = module.make_gymnax(config)
+    assert (params.max_steps_in_episode, params.deterministic) == (20, False)
+
+
+def test_an_evaluation_counts_no_episode_of_the_one_before():
+    config = config_of("Counter", {"length": 1}, eval_episodes=3)
+    _, envs = opened(config)
+    for _ in range(2):
+        evaluated = envs.for_evaluation()
+        assert evaluated.episodes == []
+        evaluated.restart(0)
+        evaluated.step(np.zeros((3, 1), np.int32))
+        assert len(evaluated.episodes) == 3
 
 
 # ------------------------------------------------------------------------------------------------------- resumption
@@ -391,6 +439,18 @@ def test_each_of_many_seeds_has_a_record(tmp_path):
     assert losses[0] != losses[1] and len(losses[0]) == len(losses[1])
     ids = {next((tmp_path / f"run/seed_{k}").glob("wandb/*run-*/run-*.wandb")).stem for k in range(2)}
     assert len(ids) == 2
+
+
+def test_a_timed_call_of_many_seeds_has_a_row_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_jax, "SECONDS_OF_A_ROW", 1e9)
+    flags = {"num_steps": 4096, "total_timesteps": 6 * 4 * 4096}  # an iteration fills a call
+    config = config_of(num_seeds=2, timing_interval=2, checkpoint_interval=0, **flags)
+    ppo_jax.train(dataclasses.replace(config, wandb_mode="offline", run_dir=str(tmp_path / "run")))
+    _, rows = config_and_rows(tmp_path / "run/seed_0")
+    timed = [row for row in rows if "times/loss" in row]
+    assert timed and not any("times/update" in row for row in timed)
+    phases = [f"times/{phase}" for phase in PHASES]
+    assert all(sum(row.get(phase, 0) for phase in phases) == pytest.approx(row["times/iteration"]) for row in timed)
 
 
 # ----------------------------------------------------------------------------------------------------------- devices

@@ -182,7 +182,7 @@ def test_the_error_of_the_temperature_is_its_distance_from_the_minimum():
         for factor in (0.5, 1.0, 3.0):
             temperatures = mpo_jax.before_positive(jnp.array([factor * best, 1.0]))
             at = learner._replace(temperatures=temperatures)
-            temperature, error, *_ = mpo_jax.policy_metrics(at, samples.policy, samples, kls, config)
+            temperature, error, *_ = mpo_jax.policy_metrics(at, samples.target, samples, kls, config)
             assert float(temperature) == pytest.approx(factor * best)
             assert float(error) == pytest.approx(abs(factor - 1), abs=1e-4)
 
@@ -219,6 +219,13 @@ def test_decoupled_kls_against_integrals():
         mean, std, new_mean, new_std = (x[index] for x in (*target, *policy))
         assert float(by_mean[index]) == pytest.approx(integral(mean, std, new_mean, std), abs=1e-9)
         assert float(by_cov[index]) == pytest.approx(integral(mean, std, mean, new_std), abs=1e-9)
+
+
+def test_a_small_kl_is_not_lost_in_float32():
+    """KL is (change of σ)² to first order, here 1e-8; of numbers near 1 float32 would leave 0 or 6e-8."""
+    target, policy = (Gaussian(jnp.zeros(1), jnp.float32([0.5 * x])) for x in (1.0001, 1.0))
+    change = float(target.stds[0] / 0.5 - 1)
+    assert float(mpo_jax.kl_cov(policy, target)[0]) == pytest.approx(change**2, rel=1e-2)
 
 
 @pytest.mark.parametrize("per_dim", [True, False])
@@ -329,9 +336,9 @@ def test_gradients_stop():
 
     def literal(actor: Network) -> jax.Array:
         policy = Gaussian(*actor(batch.next_observations))
-        of_mean, of_cov = kls(policy, samples.policy, config)
+        of_mean, of_cov = kls(policy, samples.target, config)
         penalty = (prices.mean * of_mean + prices.cov * of_cov).sum()
-        return mpo_jax.actor_loss(weights, samples.actions, policy, samples.policy) + penalty
+        return mpo_jax.actor_loss(weights, samples.actions, policy, samples.target) + penalty
 
     for x, y in zip(*map(jax.tree.leaves, (gradient, jax.grad(literal)(learner.actor))), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ import ppo_mlx
 import ppo_torch
 import vpg_torch
 from benchmarks.records import config_and_rows
+from tests import environments
 from tests.backends import compilations, unfinished_zero
 from tests.test_ppo_torch import (
     PHASES,
@@ -79,6 +80,31 @@ def test_rollouts_hold_the_true_last_observations(module, ends):
             collected.append(module.collect_rollout(learner.agent, envs, config, rng, timed))
             episodes.append(envs.pop_episodes())
     assert_true_last_observations(collected, assert_written_down(collected, episodes, ends))
+
+
+@each
+def test_a_policy_that_is_not_finite_is_to_blame(module, monkeypatch):
+    config = known(module, "Counter", {"box": True})
+    no_numbers = np.full((config.num_envs, 2), np.nan, np.float32)
+    monkeypatch.setattr(module, "sample_actions", lambda *_: no_numbers)
+    with contextlib.closing(module.Environments(config, config.num_envs)) as envs:
+        envs.restart(0)
+        learner, rng = module.new_learner(envs, config), np.random.default_rng(0)
+        timed = module.new_stopwatch(learner, config).fused
+        with pytest.raises(module.TrainingFailed, match="the policy gives an action that is not finite"):
+            collect(module, learner.agent, envs, config, rng, timed)
+
+
+@each
+def test_an_environment_is_to_blame_for_what_follows_from_its_observation(module):
+    observations, actions = np.zeros((5, 2, 3)), np.zeros((4, 2, 1))
+    module.check_actions(observations, actions)
+    actions[2:, 0] = np.nan
+    observations[3:] = np.inf  # too late
+    with pytest.raises(module.TrainingFailed, match="the policy"):
+        module.check_actions(observations, actions)
+    observations[2, 0, 1] = np.nan
+    module.check_actions(observations, actions)
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
@@ -140,12 +166,13 @@ def phases_of(module: ModuleType) -> set[str]:
 @pytest.mark.clock
 @each_with_vpg
 def test_a_slow_environment_shows_in_step_alone(module):
-    found = laps(module, known(module, "Slow", num_envs=2))
+    found, awake = (laps(module, known(module, env, num_envs=2)) for env in ("Slow", "Counter"))
+    waited = 2 * 16 * environments.Slow.seconds
     for lap in found:
         assert lap.keys() == phases_of(module) | {"iteration"}
-        assert lap["step"] > 2 * 16 * 0.005
-    share = 0.25 if module is ppo_torch else 0.5  # of its 5 ms would show; the others compute for longer
-    assert min(lap["iteration"] - lap["step"] for lap in found) < share * 2 * 16 * 0.005
+        assert lap["step"] > waited
+    elsewhere = [min(lap["iteration"] - lap["step"] for lap in laps) for laps in (found, awake)]
+    assert elsewhere[0] - elsewhere[1] < 0.25 * waited, elsewhere
 
 
 FUNCTIONS = {
@@ -175,6 +202,21 @@ def test_a_heavier_phase_shows_in_its_own_key(module, phase, function):
     growth = {key: heavy[key] - light[key] for key in heavy}
     assert growth[phase] > 0.5 * growth["iteration"], growth
     assert heavy[phase] > 25 * light[phase]
+
+
+@each
+def test_parts_of_the_loss_go_by_their_names(module, tmp_path, monkeypatch):
+    timed, seen = module.Stopwatch.timed, {}
+
+    def noted(self, phase, function, *arguments, **options):
+        seen.setdefault(phase, set()).add(getattr(function, "__name__", type(function).__name__))
+        return timed(self, phase, function, *arguments, **options)
+
+    monkeypatch.setattr(module.Stopwatch, "timed", noted)
+    model_after(module, tmp_path / "run", timing_interval=1, total_timesteps=64)
+    forward = {ppo_torch: "Agent", ppo_lstm_jax: "forward"}.get(module, "__call__")
+    parts = {"forward": forward, "policy": "policy_loss", "value": "value_loss"}
+    assert {phase: seen[f"loss/{phase}"] for phase in parts} == {phase: {name} for phase, name in parts.items()}
 
 
 @pytest.mark.clock
@@ -260,7 +302,7 @@ def test_without_training_no_loss_is_compiled(module, tmp_path, monkeypatch):
 
 @each_other
 def test_timing_leaves_the_weights_alone(module, tmp_path):
-    """To 1e-5 over three iterations where compiled code sums in another order; MLX compiles nothing by default."""
+    """To 1e-5 over three iterations where compiled code sums in another order; MLX's sums in the same."""
     fused, timed = (model_after(module, tmp_path / str(k), timing_interval=k) for k in (0, 1))
     untrained = model_after(module, tmp_path / "untrained", total_timesteps=0)
     for name in fused:

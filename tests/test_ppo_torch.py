@@ -8,6 +8,7 @@ numbers of about 1.
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -332,23 +333,6 @@ def test_loss_and_gradient(kind, shape, flags):
     for (name, value), part in zip(expected.items(), gradient.split(sizes), strict=True):
         assert value.abs().max() > 0
         torch.testing.assert_close(part, value.flatten(), rtol=1e-10, atol=1e-12, msg=name)
-
-
-def test_initial_weights():
-    """Orthogonal with gains √2, 0.01 (policy) and 1 (value), biases 0, log-std 0 (details 2 and 3 of the 37)."""
-    torch.manual_seed(0)
-    shapes = {(3, 44, 36): ((4,), 1), (10,): ((), 3)}
-    for shape, (nvec, action_dim) in shapes.items():
-        agent = Agent(shape, nvec, action_dim, Config(hidden_sizes=(8, 6)))
-        for name, parameter in agent.named_parameters():
-            if parameter.ndim == 1:
-                assert (parameter == 0).all(), name
-                continue
-            matrix = parameter.detach().flatten(1).double()
-            gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-            is_last = name in (f"actor.{len(agent.actor) - 1}.weight", f"critic.{len(agent.critic) - 1}.weight")
-            gain = (0.01 if name.startswith("actor") else 1.0) if is_last else np.sqrt(2)
-            torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)).double(), rtol=0, atol=1e-5 * gain**2)
 
 
 def adam_in_numpy(parameters, gradients_of_steps, rates, max_grad_norm, eps):
@@ -1085,6 +1069,38 @@ def test_recorded_episodes(tmp_path, monkeypatch):
     assert sum(sum(counts) for _, counts in histograms if counts) == (expected["length"][:until] > 0).sum()
 
 
+def test_an_evaluation_ends_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_torch, "SECONDS_OF_A_ROW", math.inf)
+    returns = iter([[5.0], [7.0], [9.0]])
+    monkeypatch.setattr(ppo_torch, "evaluate", lambda *_: next(returns))
+    flags = {"checkpoint_interval": 0, "timing_interval": 0, "eval_interval": 16, "update_epochs": 1}
+    train(known("Counter", 2, 8, total_timesteps=3 * 16, run_dir=str(tmp_path / "run"), **flags))
+    _, rows = config_and_rows(tmp_path / "run")
+    key = "charts/evaluation_return"
+    evaluated = [(row["global_step"], row[key]) for row in rows if key in row]
+    assert evaluated == [(16, 5.0), (32, 7.0), (48, 9.0)]
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Tanh, torch.nn.ReLU])
+def test_an_mlp_is_the_sequence_of_its_modules(activation, monkeypatch):
+    """Whatever they are, so that who replaces one gets what is written."""
+    monkeypatch.setattr(ppo_torch.nn, "Tanh", activation)
+    network, x = ppo_torch.MLP(3, 8, 6, 2, gain=1.0), torch.randn(5, 3)
+    assert [type(module) for module in network][1::2] == [activation] * 2
+    assert torch.equal(network(x), torch.nn.Sequential.forward(network, x))
+
+
+def test_compilation_without_a_compiler_is_refused(tmp_path):
+    inductor = importlib.import_module("torch._inductor.config")
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(ppo_torch.BadInput) as refused:
+        quiet(dataclasses.replace(CARTPOLE, compile=True), tmp_path / "run")
+    assert "--compile: No working C++ compiler" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -1104,11 +1120,22 @@ def test_timing_leaves_the_weights_alone(tmp_path):
         assert np.abs(fused[name] - initial[name]).max() > 1e-4, name
 
 
-def test_compiled_weights(tmp_path):
-    """Compiled code sums in another order: 1e-5 is what is left of that after three iterations."""
+def test_compiled_weights(tmp_path, monkeypatch):
+    """All is compiled before the first iteration. Compiled code sums in another order: 1e-5 is what is left of that
+    after three iterations."""
     torch._dynamo.reset()
+    graphs = []  # compiled until each iteration begins, and all
+
+    class Noted(ppo_torch.Run):
+        def iterations(self):
+            for iteration in super().iterations():
+                graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+                yield iteration
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(ppo_torch, "Run", Noted)
     compiled = weights(quiet(SHORT, tmp_path / "compiled", compile=True, timing_interval=2).learner)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert len(graphs) > 2 and set(graphs) == {graphs[0]} and graphs[0] >= 1
     eager = weights(quiet(SHORT, tmp_path / "eager", timing_interval=2).learner)
     for name in eager:
         np.testing.assert_allclose(compiled[name], eager[name], rtol=0, atol=1e-5)

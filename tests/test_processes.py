@@ -106,6 +106,17 @@ def test_a_run_of_two_processes(module, tmp_path):
     assert_same_model(tmp_path / "k", tmp_path / "run")
 
 
+@each
+def test_bad_input_that_one_process_finds_ends_all_without_a_traceback(module, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    flags = [*FLAGS, *OF_SCRIPT[module], "--total-timesteps", "3200", "--run-dir", tmp_path / "run"]
+    outcome = torchrun(tmp_path / "output", 2, ROOT / f"{module.__name__}.py", *flags).end()
+    assert outcome.code != 0
+    assert sum("holds a run" in line for line in outcome.err) == 1, outcome.err
+    assert not any(f'{module.__name__}.py", line' in line for line in outcome.err), outcome.err
+
+
 @pytest.mark.parametrize("everywhere", [False, True], ids=["launcher", "everywhere"])
 @each
 def test_sigterm_stops_all_processes_with_a_checkpoint(module, everywhere, tmp_path):
@@ -163,7 +174,7 @@ def test_a_process_that_loses_another_says_so(module, monkeypatch):
 
     monkeypatch.setattr(module.dist, "all_reduce", lost)
     with pytest.raises(module.TrainingFailed, match="another process has ended"):
-        module.over_processes(torch.zeros(1), module.dist.ReduceOp.SUM)
+        module.over_processes(module.dist.all_reduce, torch.zeros(1))
 
 
 @each
@@ -172,9 +183,8 @@ def test_a_signal_in_the_last_meeting_of_the_processes_is_kept(module, monkeypat
     run = module.SharedRun.__new__(module.SharedRun)
     run.config, run.iteration, run.stop_signal, run.learner = SimpleNamespace(num_iterations=1), 1, None, None
 
-    def meeting(x, operation):
+    def meeting(exchange, x, operation):
         run.on_signal(signal.SIGTERM, None)
-        return x
 
     monkeypatch.setattr(module, "to_numpy", lambda learner: {})
     monkeypatch.setattr(module, "over_processes", meeting)

@@ -301,7 +301,7 @@ def test_a_run_killed_twice(start, killed, tmp_path):
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_a_run_killed_from_outside_keeps_its_record_and_id(env_id, start, tmp_path):
-    flags = [*SMALL, *NORMALISED, "--env-id", env_id, "--total-timesteps", "3200"]
+    flags = [*SMALL, *NORMALISED, "--env-id", env_id, "--total-timesteps", "3200", "--checkpoint-interval", "320"]
     directory, reference = tmp_path / "run", tmp_path / "reference"
     process = start(*flags, "--run-dir", directory)
     wait_for(lambda: len(checkpoints(directory)) == 2, process)
@@ -487,7 +487,8 @@ def test_an_error_in_a_worker_ends_the_run(start, tmp_path):
 def test_training_goes_on_without_wandb(start, tmp_path):
     """W&B's server dies in the middle of the run."""
     directory = tmp_path / "run"
-    process = start(*SMALL, "--total-timesteps", "3200", "--run-dir", directory)
+    flags = [*SMALL, "--total-timesteps", "3200", "--checkpoint-interval", "320"]
+    process = start(*flags, "--run-dir", directory)
     wait_for(lambda: checkpoints(directory), process)
     os.kill(next(pid for pid, command in process.children().items() if "wandb-core" in command), signal.SIGKILL)
     outcome = process.end()
@@ -528,7 +529,7 @@ def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch):
 def finished(tmp_path_factory) -> Path:
     """A finished run with normalisation; only to be read."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    assert main(*SILENT, *NORMALISED, "--run-dir", directory).code == 0
+    assert main(*SILENT, *NORMALISED, "--checkpoint-interval", "32", "--run-dir", directory).code == 0
     return directory
 
 

@@ -1,11 +1,14 @@
 """The README's tables are those that the recorded numbers give."""
 
+import itertools
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import compare
 from benchmarks import (
@@ -70,6 +73,21 @@ def test_the_speed_in_the_opening_is_that_of_the_records():
     assert f"{times_as_fast('`ppo_jax.py`, gymnax'):.0f} times where the environments are in JAX too" in opening
 
 
+def test_each_turn_begins_with_the_next_contestant(monkeypatch):
+    monkeypatch.setattr(files, "in_own_process", lambda *_, **__: "1.5")
+    rows = speed.in_turns("ppo", speed.Suite("", 1, 1, {"a": len}, {"b": len, "c": len}), 3, 1)
+    assert [row.contestant for row in rows] == [*"abc", *"bca", *"cab"]
+
+
+def test_a_measurement_that_fails_is_shown(tmp_path):
+    path = tmp_path / "measure.py"
+    path.write_text("import os, sys; print(os.environ['JAX_PLATFORMS'], os.environ['MORE'], sys.argv[1])")
+    assert files.in_own_process(str(path), 3, MORE="more") == "cpu more 3\n"
+    path.write_text("raise ValueError('what was wrong')")
+    with pytest.raises(SystemExit, match="what was wrong"):
+        files.in_own_process(str(path))
+
+
 def test_speed_ratios_compare_neighbours_in_time(tmp_path):
     rows = [(0, "a peer", 100.0), (0, "alone", 200.0), (0, "`ours`", 200.0)]
     rows = [speed.Row(*row) for row in (*rows, (1, "a peer", 50.0), (1, "alone", 500.0), (1, "`ours`", 150.0))]
@@ -78,9 +96,9 @@ def test_speed_ratios_compare_neighbours_in_time(tmp_path):
     assert speed.markdown_table(rows, ["alone", "a peer"]).splitlines() == [
         "|  | steps/s, median (min to max) | s / 1000 steps, mean ± std | speed / alone | speed / a peer |",
         "| --- | --- | --- | --- | --- |",
-        "| a peer | 75 (50 to 100) | 15 ± 7 | 0.30 (0.10 to 0.50) | 1 |",
-        "| alone | 350 (200 to 500) | 3.5 ± 2 | 1 | 6.00 (2.00 to 10.00) |",
-        "| `ours` | 175 (150 to 200) | 5.83 ± 1 | 0.65 (0.30 to 1.00) | 2.50 (2.00 to 3.00) |",
+        "| a peer | 75 (50 to 100) | 15 ± 7.1 | 0.30 (0.10 to 0.50) | 1 |",
+        "| alone | 350 (200 to 500) | 3.5 ± 2.1 | 1 | 6.00 (2.00 to 10.00) |",
+        "| `ours` | 175 (150 to 200) | 5.83 ± 1.2 | 0.65 (0.30 to 1.00) | 2.50 (2.00 to 3.00) |",
     ]
 
 
@@ -148,8 +166,20 @@ def test_long_runs_table_in_the_readme_is_that_of_the_records():
 
 def test_faults_table_in_the_readme_is_that_of_the_records():
     rows = faults.read()
-    assert {row.fault for row in rows} <= {fault.name for fault in faults.FAULTS}
+    names = {row.fault for row in rows}
+    assert names <= {fault.name for fault in faults.FAULTS}
+    assert Counter((row.script, row.fault) for row in rows) == Counter(itertools.product(faults.SCRIPTS, names))
     assert_in_readme(faults.markdown_table, lambda path: rows, "faults")
+
+
+def test_a_fault_that_was_not_held_is_in_the_table():
+    first, second, _ = (fault.name for fault in faults.FAULTS[:3])
+    rows = [faults.Row("ppo_jax", "", first, 5, 5), faults.Row("td3_jax", "", first, 5, 3)]
+    rows += [faults.Row("ppo_jax", "", second, 2, 2), faults.Row("td3_jax", "", second, 1, 1)]
+    assert faults.markdown_table(rows).splitlines()[2:] == [
+        f"| {first} | 5 | `td3_jax`: **3 of 5** |",
+        f"| {second} | 1 or 2 | all |",
+    ]
 
 
 def test_the_figures_are_those_of_the_readme():

@@ -58,14 +58,14 @@ def test_ten_updates_against_torch(policy_frequency):
             critics_adam.zero_grad()
             loss.backward()
             critics_adam.step()
-            policy_loss = torch.tensor(torch.nan)
-            if (u + 1) % policy_frequency == 0:
+            policy_loss, moves_policy = torch.tensor(torch.nan), (u + 1) % policy_frequency == 0
+            if moves_policy:
                 policy_loss = -twin.q("critics", observations, torch.tanh(twin("actor", observations)))[0].mean()
                 actor_adam.zero_grad()
                 policy_loss.backward()
                 actor_adam.step()
                 twin.move_targets("actor", "critics")
-            expected.append([loss.item(), torch.stack(q).mean().item(), policy_loss.item()])
+            expected.append([loss.item(), torch.stack(q).mean().item(), policy_loss.item(), moves_policy])
         learner, metrics = jax.jit(td3_jax.update, static_argnames=("config", "timed"))(
             learner, batch, config, td3_jax.new_stopwatch().fused
         )
@@ -87,9 +87,12 @@ def test_the_policy_moves_at_every_second_update():
 
 
 def test_losses_are_averaged_over_the_updates_that_had_them():
-    means = td3_jax.mean_metrics([np.array([[1.0], [2.0], [np.nan]]), np.array([[3.0, 5.0], [4, 6], [7, np.nan]])])
+    updates = [np.array([[1.0], [2.0], [np.nan], [0]]), np.array([[3.0, 5.0], [4, 6], [7, np.nan], [1, 0]])]
+    means = td3_jax.mean_metrics(updates)
     assert means == {"losses/critic_loss": 3, "losses/q_mean": 4, "losses/actor_loss": 7}
     assert td3_jax.mean_metrics([]) == {}
+    diverged = td3_jax.mean_metrics([np.array([[1, 1], [2, 2], [3, np.nan], [1, 1]])])
+    assert np.isnan(diverged["losses/actor_loss"])  # which ends the run
 
 
 def test_exploration():
