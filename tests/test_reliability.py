@@ -48,6 +48,7 @@ DEADLINE = 120  # seconds for anything to happen; a quiet machine needs a few
 SMALL = shlex.split("--num-envs 2 --num-steps 16 --total-timesteps 320 --eval-episodes 2 --vectorization sync")
 SILENT = [*SMALL, "--wandb-mode", "disabled"]
 NORMALISED = ["--norm-obs", "--norm-reward"]
+FINISHED = [*SILENT, *NORMALISED, "--checkpoint-interval", "32"]
 ENDLESS = [*SMALL, "--total-timesteps", "1000000", "--checkpoint-interval", "1000000"]  # until a signal ends it
 LAST_STEP = 320
 
@@ -529,7 +530,7 @@ def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch):
 def finished(tmp_path_factory) -> Path:
     """A finished run with normalisation; only to be read."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    assert main(*SILENT, *NORMALISED, "--checkpoint-interval", "32", "--run-dir", directory).code == 0
+    assert main(*FINISHED, "--run-dir", directory).code == 0
     return directory
 
 
@@ -1062,7 +1063,7 @@ def test_a_record_that_cannot_be_drawn_stops_nothing(flags, tmp_path):
 
 
 def model_of(directory: Path, *flags: str) -> dict[str, tuple]:
-    assert main(*SILENT, *NORMALISED, *flags, "--run-dir", directory).code == 0
+    assert main(*FINISHED, *flags, "--run-dir", directory).code == 0
     return tensors(directory / "model.safetensors")
 
 
