@@ -48,7 +48,7 @@ def measure_peer(
     package, name = algorithm.split(".")
     model_class = getattr(importlib.import_module(package), name)
     model = model_class(policy, make_vec_env(env_id, num_envs, seed=1), seed=1, device="cpu", **settings)
-    few = 5000 if num_envs > 1 else 500
+    few = 2000 if num_envs > 1 else 200
 
     def learn(steps: int) -> float:
         start, first_step = time.perf_counter(), model.num_timesteps
@@ -152,14 +152,14 @@ def recurrent_ppo() -> Suite:
         ),
         "`ppo_lstm_jax.py`, gymnax": partial(measure_ours, "ppo_lstm_jax", num_envs=8, env_id="gymnax/CartPole-v1"),
     }
-    return Suite("recurrent PPO on CartPole-v1, 8 environments, LSTMs of 64", 100_000, 20_000, references, ours)
+    return Suite("recurrent PPO on CartPole-v1, 8 environments, LSTMs of 64", 50_000, 10_000, references, ours)
 
 
 def vpg() -> Suite:  # which no peer has
     task = "CartPole-v1", 4
     references = {ENVIRONMENTS: partial(measure_environments, *task)}
     ours = {"`vpg_torch.py`": partial(measure_ours, "vpg_torch")}
-    return Suite("VPG on CartPole-v1, 4 environments, 64-64", 100_000, 20_000, references, ours)
+    return Suite("VPG on CartPole-v1, 4 environments, 64-64", 50_000, 10_000, references, ours)
 
 
 def off_policy(algorithm: str, *scripts: str) -> Suite:
@@ -173,7 +173,7 @@ def off_policy(algorithm: str, *scripts: str) -> Suite:
     ours = {f"`{script}.py`": partial(measure_ours, script) for script in scripts}
     names = " and ".join(script.removesuffix("_jax").upper() for script in scripts)
     title = f"{names} on HalfCheetah-v5, an update a step, 256-256, 256 transitions a minibatch"
-    return Suite(title, 10_000, 1000, references, ours)
+    return Suite(title, 3000, 500, references, ours)
 
 
 SUITES = {"ppo": ppo, "recurrent_ppo": recurrent_ppo, "vpg": vpg, "td3": partial(off_policy, "TD3", "td3_jax")}
