@@ -1,17 +1,17 @@
-"""What it costs to record a run and to time its phases: whole runs with both at their defaults, and with neither.
+"""What it costs to record a run and to time its phases, as by default, against a run with neither.
 
     python benchmarks/recording.py    writes results/recording.csv and prints the table
 
-(A quick look: `--repeats 1 --output quick.csv`.)
+(A quick look: `--turns 3 --output quick.csv`.)
 
-Each script is a process of its own, in which runs of either kind take turns after one of each that does not count; the
-one that begins a turn ends the next. Each cost compares the two runs of a turn. Seconds are those of the loop after
-compilation, without evaluation, checkpoints and model. A run with neither has `--timing-interval 0`, and only drops
-what would be recorded. Off-policy an iteration has 100 steps here, for one in twenty to be timed in a short run; by
-default it has 1000, which are recorded for the price of 100.
+Each script is one run in a process of its own. In one half of its blocks of 20 iterations it records and times as by
+default (the last iteration of the block phase by phase), in the other half it does neither; the kind that begins a turn
+of two blocks ends the next, and each cost compares the two blocks of a turn, which are seconds apart at most: whole
+runs differ by more than the cost, on a machine that is shared. The first turn does not count. Seconds are all that pass
+in the loop, probes included; there are no evaluations and checkpoints. Off-policy an iteration has 25 steps here, by
+default 1000, which are recorded for about the price of 25.
 """
 
-import contextlib
 import importlib
 import statistics
 import sys
@@ -31,89 +31,96 @@ from benchmarks import files  # noqa: E402
 from compare import markdown  # noqa: E402
 
 CARTPOLE = {"env_id": "CartPole-v1"}
-HALFCHEETAH = {"env_id": "HalfCheetah-v5", "learning_starts": 1000, "total_timesteps": 3000, "log_interval": 100}
-SCRIPTS = {
-    "ppo_torch": CARTPOLE | {"total_timesteps": 50_000},
-    "ppo_jax": CARTPOLE | {"total_timesteps": 100_000},
-    "ppo_mlx": CARTPOLE | {"total_timesteps": 30_000},
-    "ppo_lstm_jax": CARTPOLE | {"total_timesteps": 50_000},
-    "td3_jax": HALFCHEETAH,
-    "sac_jax": HALFCHEETAH,
-    "mpo_jax": HALFCHEETAH,
-    "vpg_torch": CARTPOLE | {"total_timesteps": 50_000},
-}
+HALFCHEETAH = {"env_id": "HalfCheetah-v5", "learning_starts": 1000, "log_interval": 25}  # the first turn is random
+SCRIPTS = dict.fromkeys(("ppo_torch", "ppo_jax", "ppo_mlx", "ppo_lstm_jax"), CARTPOLE)
+SCRIPTS |= dict.fromkeys(("td3_jax", "sac_jax", "mpo_jax"), HALFCHEETAH) | {"vpg_torch": CARTPOLE}
+BLOCK = 20  # iterations
 
 
 @dataclass(frozen=True)
 class Config:
-    repeats: int = 5  # turns
+    turns: int = 20
     output: Path = ROOT / "results" / "recording.csv"  # one row a turn
     only: str | None = None  # measure this script in this process, and print the seconds of each turn
 
 
-@contextlib.contextmanager
-def clocked(module: ModuleType, is_recorded: bool) -> Iterator[list[float]]:
-    """-> seconds of the loops that run meanwhile"""
-    seconds = []
+def in_blocks(module: ModuleType, seconds: list[float]) -> type:
+    """The script's Run, which records every other block alone and appends the seconds of each"""
 
-    class Clocked(module.Run):
+    class InBlocks(module.Run):
+        is_recorded = False
+
         def iterations(self) -> Iterator[int]:
-            start = time.perf_counter()
-            yield from super().iterations()
-            seconds.append(time.perf_counter() - start)
+            for iteration in super().iterations():
+                block, first = divmod(iteration - 1, BLOCK)
+                if first == 0:
+                    start = time.perf_counter()
+                    self.is_recorded = is_recorded(block)
+                yield iteration
+                if first == BLOCK - 1:
+                    seconds.append(time.perf_counter() - start)
+
+        def is_timed(self, iteration: int) -> bool:
+            return self.is_recorded and super().is_timed(iteration)
 
         def record(self, *arguments) -> None:
-            if is_recorded:
+            if self.is_recorded:
                 super().record(*arguments)
             else:
                 self.envs.pop_episodes()
                 self.stopwatch.lap()
 
-    with mock.patch.object(module, "Run", Clocked):
-        yield seconds
+    return InBlocks
 
 
-def loop_seconds(script: str, is_recorded: bool) -> float:
-    module = importlib.import_module(script)
-    bare = {} if is_recorded else {"wandb_mode": "disabled", "timing_interval": 0}
-    with tempfile.TemporaryDirectory() as folder, clocked(module, is_recorded) as seconds:
-        without = {"eval_episodes": 0, "checkpoint_interval": 0, "save_model": False, "run_dir": f"{folder}/run"}
-        module.train(module.Config(**SCRIPTS[script] | bare | without | {"device": "cpu"}))
-    return seconds[0]
+def is_recorded(block: int) -> bool:
+    return block % 4 in (1, 2)
+
+
+def measure(script: str, turns: int) -> list[tuple[float, float]]:
+    """Seconds of a block with neither and of one with both, of each turn"""
+    module, seconds = importlib.import_module(script), []
+    config = module.Config(**SCRIPTS[script] | {"device": "cpu", "eval_episodes": 0, "save_model": False})
+    total_timesteps = (turns + 1) * 2 * BLOCK * config.iteration_steps
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "Run", in_blocks(module, seconds)):
+        of_run = {"total_timesteps": total_timesteps, "checkpoint_interval": 0, "run_dir": f"{folder}/run"}
+        module.train(module.Config(**vars(config) | of_run))
+    blocks = [
+        sorted((is_recorded(block), seconds[block]) for block in (2 * turn, 2 * turn + 1)) for turn in range(turns + 1)
+    ]
+    return [(neither, both) for (_, neither), (_, both) in blocks[1:]]
 
 
 def markdown_table(rows: list[tuple[int, str, float, float]]) -> str:
-    """Medians over the turns, of the seconds of a loop and of what recording and timing add to the bare ones"""
+    """Medians over the turns: milliseconds of an iteration with neither, and what both add to it in the same turn"""
     lines = []
     for script, flags in SCRIPTS.items():
         turns = [seconds for _, name, *seconds in rows if name == script]
-        neither, both = (statistics.median(x) for x in zip(*turns, strict=True))
-        costs = files.median_and_range([100 * (recorded / bare - 1) for bare, recorded in turns], ".1f")
-        lines.append([f"`{script}`", flags["env_id"], f"{neither:.2f}", f"{both:.2f}", costs])
-    return markdown(["script", "environment", "s, neither", "s, both", "cost of both, %"], lines)
+        iteration = statistics.median(1000 * neither / BLOCK for neither, _ in turns)
+        costs = [100 * (both / neither - 1) for neither, both in turns]
+        low, median, high = statistics.quantiles(costs, n=4, method="inclusive")
+        lines.append([f"`{script}`", flags["env_id"], f"{iteration:.1f}", f"{median:.1f} ({low:.1f} to {high:.1f})"])
+    return markdown(["script", "environment", "ms an iteration", "cost of both, %, median (quartiles)"], lines)
 
 
 def read(path: Path) -> list[tuple[int, str, float, float]]:
-    return [(int(repeat), script, float(bare), float(both)) for repeat, script, bare, both in files.load(path)]
+    return [(int(turn), script, float(neither), float(both)) for turn, script, neither, both in files.load(path)]
 
 
 def main(config: Config) -> None:
     if config.only:
-        for turn in range(config.repeats + 1):
-            order = (False, True) if turn % 2 else (True, False)
-            seconds = {is_recorded: round(loop_seconds(config.only, is_recorded), 4) for is_recorded in order}
-            if turn:
-                print("seconds", seconds[False], seconds[True])
+        for neither, both in measure(config.only, config.turns):
+            print("seconds", round(neither, 4), round(both, 4))
         return
     rows = []
     for script in SCRIPTS:
-        output = files.in_own_process(__file__, "--only", script, "--repeats", config.repeats)
+        output = files.in_own_process(__file__, "--only", script, "--turns", config.turns)
         turns = [line.split()[1:] for line in output.splitlines() if line.startswith("seconds")]
-        rows += [(repeat, script, *map(float, turn)) for repeat, turn in enumerate(turns)]
-        print(*rows[-config.repeats :], sep="\n", file=sys.stderr)
-    command = f"python benchmarks/recording.py --repeats {config.repeats}"
+        rows += [(turn, script, *map(float, seconds)) for turn, seconds in enumerate(turns)]
+        print(script, *rows[-1][2:], file=sys.stderr)
     packages = "torch", "jax", "mlx", "wandb", "gymnasium", "numpy"
-    files.save(config.output, command, packages, ("repeat", "script", "neither", "both"), rows)
+    command = f"python benchmarks/recording.py --turns {config.turns}"
+    files.save(config.output, command, packages, ("turn", "script", "neither", "both"), rows)
     print(markdown_table(rows))
 
 
