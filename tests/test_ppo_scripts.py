@@ -7,6 +7,7 @@ what depends on how a framework computes: fences, compilation, saved state, rand
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -350,6 +351,20 @@ def test_video(module, tmp_path):
     frames = list(imiter(video, plugin="FFMPEG"))
     assert abs(len(frames) - first) <= 1  # the encoder rounds times
     assert all(frame.std() > 1 for frame in frames)
+
+
+@pytest.mark.parametrize("module", [ppo_torch, ppo_lstm_jax], ids=lambda module: module.__name__)
+def test_a_trained_model_acts_as_in_the_readme(module, tmp_path):
+    """One episode; the statistics of the observations are those of training, and stay."""
+    arrays = model_after(module, tmp_path / "run", norm_obs=True)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (snippet,) = (text for text in snippets if f"from {module.__name__} import Config, Environments" in text)
+    names = {}
+    exec(snippet.replace("runs/NAME", str(tmp_path / "run")), names)
+    ((number, episode_return, length),) = names["envs"].episodes
+    assert number == 0 and episode_return == length > 7
+    for name, statistic in names["envs"].to_numpy().items():
+        assert np.array_equal(statistic, arrays[name]), name
 
 
 @each_other

@@ -224,6 +224,12 @@ def test_the_part_of_the_paper_stays_short(path):
     assert code_lines(path.read_text(), "networks", "rollout") <= (120 if path.stem == "vpg_torch" else 250)
 
 
+def test_the_readme_says_how_long_a_script_is():
+    lengths = [round(len(path.read_text().splitlines()), -2) for path in SCRIPTS]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"to edit, of {min(lengths):,} to {max(lengths):,} lines" in text
+
+
 def test_functions_that_the_readme_links_are_there():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", (ROOT / "README.md").read_text())
     assert len(links) > 30

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import compare
+import ppo_torch
 from benchmarks import (
     files,
     gymnax_speed,
@@ -71,6 +72,7 @@ def test_the_speed_in_the_opening_is_that_of_the_records():
     expected = f"{torch:.1f} (PyTorch), {compiled_torch:.1f} (PyTorch, compiled) and {jax:.1f} (JAX) times as fast"
     assert expected in opening
     assert f"{times_as_fast('`ppo_jax.py`, gymnax'):.0f} times where the environments are in JAX too" in opening
+    assert f"MLX, on a CPU, {times_as_fast('`ppo_mlx.py`'):.1f} times" in opening
 
 
 def test_each_turn_begins_with_the_next_contestant(monkeypatch):
@@ -117,8 +119,8 @@ def test_gains_of_devices_in_the_readme_are_those_of_the_records():
     single, text = (64, 1, 1), " ".join(README.split())
     assert f"gain {ratios((64, 2, 1), single)} with 64" in text
     assert f"environments, {ratios((1024, 2, 1), (1024, 1, 1))} with 1024" in text
-    assert f"cost {ratios(single, (64, 2, 8))} of eight single runs" in text
-    assert f"on two, and {ratios(single, (64, 1, 8))} on one" in text
+    assert f"eight at once take {ratios(single, (64, 2, 8))} of the time of eight runs one after the other" in text
+    assert f"where they have two, and {ratios(single, (64, 1, 8))} where they have one" in text
 
 
 def test_ratios_on_the_device_compare_neighbours_in_time():
@@ -153,11 +155,38 @@ def test_solver_table_in_the_readme_is_that_of_the_records():
     assert_in_readme(lambda records: mpo_solvers.markdown_table(*records), mpo_solvers.read, "mpo_solvers")
 
 
+def test_recording_table_in_the_readme_is_that_of_the_records():
+    assert_in_readme(recording.markdown_table, recording.read, "recording")
+
+
 def test_costs_of_recording_compare_neighbours_in_time(monkeypatch):
     monkeypatch.setattr(recording, "SCRIPTS", {"ppo_jax": {"env_id": "A"}})
-    rows = [(0, "ppo_jax", 10.0, 11.0), (1, "ppo_jax", 20.0, 24.0), (2, "ppo_jax", 40.0, 40.0)]
-    expected = "| `ppo_jax` | A | 20.00 | 24.00 | 10.0 (0.0 to 20.0) |"
+    turns = [(10.0, 11.0), (20.0, 24.0), (40.0, 40.0), (30.0, 30.0), (50.0, 70.0)]  # 10, 20, 0, 0 and 40 % more
+    rows = [(turn, "ppo_jax", *seconds) for turn, seconds in enumerate(turns)]
+    expected = "| `ppo_jax` | A | 1500.0 | 10.0 (0.0 to 20.0) |"
     assert recording.markdown_table(rows).splitlines()[2:] == [expected]
+
+
+def test_every_other_block_is_recorded_and_timed(monkeypatch):
+    """Of the first turn, which does not count, and of two more"""
+    recorded, timed = [], []
+
+    class Run(ppo_torch.Run):
+        def record(self, *arguments):
+            recorded.append(self.iteration)
+            super().record(*arguments)
+
+        def send_row(self, *arguments):
+            if "times/loss" in self.row:
+                timed.append(self.iteration)
+            super().send_row(*arguments)
+
+    monkeypatch.setattr(ppo_torch, "Run", Run)
+    flags = {"num_envs": 1, "num_steps": 8, "wandb_mode": "disabled", "env_id": "CartPole-v1"}
+    monkeypatch.setattr(recording, "SCRIPTS", {"ppo_torch": flags})
+    assert len(recording.measure("ppo_torch", turns=2)) == 2
+    assert recorded == [*range(21, 61), *range(101, 121)]  # neither both | both neither | neither both
+    assert timed == [40, 60, 120]
 
 
 def test_long_runs_table_in_the_readme_is_that_of_the_records():
