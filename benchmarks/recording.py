@@ -52,12 +52,12 @@ def in_blocks(module: ModuleType, seconds: list[float]) -> type:
 
         def iterations(self) -> Iterator[int]:
             for iteration in super().iterations():
-                block, first = divmod(iteration - 1, BLOCK)
-                if first == 0:
+                block, place = divmod(iteration - 1, BLOCK)
+                if place == 0:
                     start = time.perf_counter()
-                    self.is_recorded = is_recorded(block)
+                    self.is_recorded = has_both(block)
                 yield iteration
-                if first == BLOCK - 1:
+                if place == BLOCK - 1:
                     seconds.append(time.perf_counter() - start)
 
         def is_timed(self, iteration: int) -> bool:
@@ -73,7 +73,7 @@ def in_blocks(module: ModuleType, seconds: list[float]) -> type:
     return InBlocks
 
 
-def is_recorded(block: int) -> bool:
+def has_both(block: int) -> bool:
     return block % 4 in (1, 2)
 
 
@@ -85,10 +85,8 @@ def measure(script: str, turns: int) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "Run", in_blocks(module, seconds)):
         of_run = {"total_timesteps": total_timesteps, "checkpoint_interval": 0, "run_dir": f"{folder}/run"}
         module.train(module.Config(**vars(config) | of_run))
-    blocks = [
-        sorted((is_recorded(block), seconds[block]) for block in (2 * turn, 2 * turn + 1)) for turn in range(turns + 1)
-    ]
-    return [(neither, both) for (_, neither), (_, both) in blocks[1:]]
+    blocks = (sorted((2 * turn, 2 * turn + 1), key=has_both) for turn in range(1, turns + 1))
+    return [(seconds[neither], seconds[both]) for neither, both in blocks]
 
 
 def markdown_table(rows: list[tuple[int, str, float, float]]) -> str:
