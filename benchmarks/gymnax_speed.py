@@ -10,7 +10,7 @@ Every measurement is a fresh process, the contestants take turns (each turn begi
 ratio compares runs of the same turn. Ours is the whole run after compilation, with recording and timing at their
 defaults, as its own record has it; with 1024 environments and more it is too short for a call to be timed phase by
 phase. Two devices are XLA's host devices, which share the machine's cores. Memory is the largest resident set of the
-process; ours has W&B's server besides.
+training process; W&B's server, a process beside ours, is not in it.
 """
 
 import resource

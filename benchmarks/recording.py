@@ -85,8 +85,13 @@ def measure(script: str, turns: int) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "Run", in_blocks(module, seconds)):
         of_run = {"total_timesteps": total_timesteps, "checkpoint_interval": 0, "run_dir": f"{folder}/run"}
         module.train(module.Config(**vars(config) | of_run))
-    blocks = (sorted((2 * turn, 2 * turn + 1), key=has_both) for turn in range(1, turns + 1))
-    return [(seconds[neither], seconds[both]) for neither, both in blocks]
+    return in_turns(seconds)
+
+
+def in_turns(seconds: list[float]) -> list[tuple[float, float]]:
+    """Of each block -> of the block with neither and of that with both, of each turn but the first"""
+    turns = (sorted((block, block + 1), key=has_both) for block in range(2, len(seconds), 2))
+    return [(seconds[neither], seconds[both]) for neither, both in turns]
 
 
 def markdown_table(rows: list[tuple[int, str, float, float]]) -> str:

@@ -187,6 +187,7 @@ def test_every_other_block_is_recorded_and_timed(monkeypatch):
     assert len(recording.measure("ppo_torch", turns=2)) == 2
     assert recorded == [*range(21, 61), *range(101, 121)]  # neither both | both neither | neither both
     assert timed == [40, 60, 120]
+    assert recording.in_turns([9.0, 9.0, 1.1, 1.0, 2.0, 2.2]) == [(1.0, 1.1), (2.0, 2.2)]
 
 
 def test_long_runs_table_in_the_readme_is_that_of_the_records():
